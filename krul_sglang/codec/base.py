@@ -1,0 +1,107 @@
+"""The contract every codec keeps, and the KV run they all work on.
+
+Data flow: the runtime gathers a token run's rows into a :class:`KVRun`; a
+:class:`Codec` turns it into one self-describing payload (``bytes``); a
+:class:`SegmentReader` over that payload yields the layers back in order, each
+usable as soon as it is yielded.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from krul_sglang.strategy.base import Strategy
+
+
+class CodecError(Exception):
+    """A payload that cannot be decoded: damaged, truncated, foreign or hostile.
+
+    The only exception a reader raises for bad bytes, within memory bounded by
+    the :class:`KVSpec` it was opened with. The caller treats it as a miss.
+    """
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """Shape of one token's KV on this rank. ``dtype`` is a torch dtype's name."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one scalar."""
+        return {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        """Raw bytes of one token over all layers, K and V."""
+        return self.layers * self.kv_heads * (self.head_dim + self.v_head_dim) * self.itemsize
+
+
+@dataclass(frozen=True)
+class KVRun:
+    """K and V of a contiguous run of tokens, as the model's cache holds them.
+
+    k: ``[layers, tokens, kv_heads, head_dim]``, post-RoPE, the pool's dtype, CPU.
+    v: ``[layers, tokens, kv_heads, v_head_dim]``, the pool's dtype, CPU.
+    start: position of the first token in its sequence, so token ``i`` was
+        rotated by RoPE at position ``start + i``.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    start: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in the run."""
+        return self.k.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Raw bytes of K and V together."""
+        return self.k.numel() * self.k.element_size() + self.v.numel() * self.v.element_size()
+
+
+class SegmentReader(ABC):
+    """An opened payload: what it holds, and its layers in order."""
+
+    tokens: int
+    start: int
+
+    @abstractmethod
+    def layers(self, lo: int, hi: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield ``(k, v)`` of tokens ``[lo, hi)`` for layers ``0 .. L-1``.
+
+        k is ``[hi-lo, kv_heads, head_dim]``, v ``[hi-lo, kv_heads, v_head_dim]``,
+        both in the spec's dtype. Raises :class:`CodecError` on damage.
+        """
+
+
+class Codec(ABC):
+    """Turns runs into payloads and payloads into readers. Stateless and thread-safe."""
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]
+    """Whether every decode is bit-identical to what was encoded."""
+
+    def __init__(self, spec: KVSpec) -> None:
+        self.spec = spec
+
+    @abstractmethod
+    def encode(self, run: KVRun, strategy: Strategy) -> bytes:
+        """The payload of ``run``. Does not mutate or keep the run's tensors."""
+
+    @abstractmethod
+    def open(self, payload: bytes) -> SegmentReader:
+        """Check a payload's header and sizes. Raises :class:`CodecError`."""

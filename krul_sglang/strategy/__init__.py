@@ -1,0 +1,1 @@
+"""Strategies: how one conversation's segments are to be compressed."""

@@ -1,0 +1,51 @@
+# Everything a user or developer runs. `make help` lists it.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+MODEL  ?= models/SmolLM2-135M-Instruct
+# The repository root must not be on the import path of a server: it holds folders
+# (kernels/, demo/) that would shadow packages SGLang imports.
+export PYTHONSAFEPATH := 1
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model demo serve doctor test test-unit test-long lint format docs clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: ## create .venv and install everything (chooses CPU or GPU by itself)
+	@$(PYTHON) .ci/environment.py
+
+model: setup ## convert the chat model SmolLM2-135M-Instruct into models/
+	@$(BIN)/python demo/prepare_model.py --out $(MODEL)
+
+demo: model ## a conversation that is evicted and restored, turn by turn
+	@$(BIN)/python demo/terminal.py --model $(MODEL) $(ARGS)
+
+serve: model ## serve the chat model with Krul (ARGS="--krul-policy lossless")
+	@$(BIN)/krul serve --model-path $(MODEL) $(ARGS)
+
+doctor: setup ## check this installation
+	@$(BIN)/krul doctor
+
+test: model ## all tests that fit in minutes
+	@$(BIN)/python -m pytest -m "not long and not gpu" $(ARGS)
+
+test-unit: setup ## tests without a server, under a minute
+	@$(BIN)/python -m pytest -m "not long and not gpu and not server" $(ARGS)
+
+test-long: model ## every test
+	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+lint: setup ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: setup ## format and fix
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+docs: setup ## regenerate the generated parts of docs/
+	@$(BIN)/krul docs
+
+clean: ## remove build products (keeps .venv and models)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

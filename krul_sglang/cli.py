@@ -1,0 +1,114 @@
+"""``krul``: the command line. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from krul_sglang import __version__
+from krul_sglang.config import KrulConfigError, flags_table
+
+app = typer.Typer(
+    help="Krul for SGLang: keep evicted conversations, compressed, and bring them back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Krul for SGLang: keep evicted conversations, compressed, and bring them back."""
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def serve(context: typer.Context) -> None:
+    """Start SGLang's server with Krul: `krul serve --model-path DIR [any SGLang flag]`.
+
+    The same as `python -m sglang.launch_server --enable-krul ...`, with the
+    environment a CPU-only host needs. `krul serve --help` shows SGLang's flags and
+    Krul's.
+    """
+    from krul_sglang.live_server import has_gpu, server_environment
+
+    flags = [*context.args]
+    if "--enable-krul" not in flags:
+        flags.append("--enable-krul")
+    if not has_gpu() and "--device" not in flags:
+        flags += ["--device", "cpu"]
+    command = [sys.executable, "-m", "sglang.launch_server", *flags]
+    os.execve(sys.executable, command, server_environment())
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        Path | None, typer.Option(help="Also check whether this model can be served.")
+    ] = None,
+) -> None:
+    """Check this installation; one line a check, with the fix. Exit code 1 if serving would fail."""
+    from krul_sglang.doctor import run
+
+    raise typer.Exit(run(model))
+
+
+@app.command("cpu-host")
+def cpu_host() -> None:
+    """Activate SGLang's CPU stand-ins in this environment (hosts without a GPU)."""
+    from krul_sglang.cpu_host.install import install
+
+    print(f"installed {install()}")
+
+
+@app.command()
+def docs(
+    folder: Annotated[Path, typer.Option(help="The docs folder to write to.")] = Path("docs"),
+) -> None:
+    """Regenerate the generated parts of the documentation."""
+    from krul_sglang.runtime.compat import refusals_table
+
+    for name, table in (("flags.md", flags_table()), ("compatibility.md", refusals_table())):
+        rewrite_generated(folder / name, table)
+
+
+BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+
+
+def rewrite_generated(path: Path, text: str) -> None:
+    """Replace what stands between the generated markers of a Markdown file."""
+    page = path.read_text()
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+
+
+def main() -> None:
+    """Entry point; a configuration error is one line and exit code 2."""
+    try:
+        app()
+    except KrulConfigError as error:
+        print(f"krul: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""KrulConfig: the one source of flags, environment names, defaults and their docs.
+
+Every field carries its own command-line flag, environment name, parser and help
+text; the argparse hooks, the environment reader, the documentation table and the
+error messages are all derived from the dataclass below.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+POLICIES = ("predictive", "paper", "fixed", "lossless")
+
+# What a later release brings. Naming them here keeps the flag's meaning fixed
+# from the first release on, and refuses it plainly instead of ignoring it.
+PLANNED = {
+    "policy": {
+        "paper": "the paper's layer-pair selection is not in this release",
+        "fixed": "fixed layer pairs are not in this release",
+    },
+    "dir": "the disk tier is not in this release",
+    "disk": "the disk tier is not in this release",
+    "recompute": {"auto": "the restore planner is not in this release"},
+}
+
+
+class KrulConfigError(ValueError):
+    """A setting that cannot be served. The message is one line for the operator."""
+
+
+_SIZE_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``4GB``, ``512MiB``, ``1.5e9``. Raises ValueError."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e\+?[0-9]+)?)\s*([a-zA-Z]*)\s*", str(text))
+    unit = match.group(2).lower() if match else None
+    if match is None or unit not in _SIZE_UNITS:
+        raise ValueError("a size such as 4GB, 512MiB or a number of bytes")
+    size = float(match.group(1)) * _SIZE_UNITS[unit]
+    if not math.isfinite(size) or size < 1:
+        raise ValueError("a size of at least one byte, such as 4GB")
+    return int(size)
+
+
+def parse_rate(text: str) -> float:
+    """Bytes per second from ``16MB/s``, ``2GB``. Raises ValueError."""
+    stripped = re.sub(r"(/s|ps)\s*$", "", str(text).strip(), flags=re.IGNORECASE)
+    try:
+        return float(parse_size(stripped))
+    except ValueError:
+        raise ValueError("a rate such as 16MB/s or 2GB/s") from None
+
+
+def parse_bool(text: str) -> bool:
+    """An environment switch. Raises ValueError."""
+    value = str(text).strip().lower()
+    if value in ("1", "true", "yes", "on"):
+        return True
+    if value in ("0", "false", "no", "off", ""):
+        return False
+    raise ValueError("one of 1, 0, true, false")
+
+
+def parse_policy(text: str) -> str:
+    """A policy's name. Raises ValueError naming the nearest valid one."""
+    if text in POLICIES:
+        return text
+    near = difflib.get_close_matches(str(text), POLICIES, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(f"one of {', '.join(POLICIES)}{hint}")
+
+
+def parse_budget(text: str) -> float:
+    """Nats of mean KL. Raises ValueError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 10:
+        raise ValueError("a number of nats above 0 and at most 10, such as 0.01")
+    return value
+
+
+def parse_recompute(text: str) -> str:
+    """``auto``, ``never`` or a fraction, as text. Raises ValueError."""
+    if text in ("auto", "never"):
+        return text
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = math.nan
+    if not 0 <= fraction <= 1:
+        raise ValueError("auto, never, or a fraction from 0 to 1 such as 0.25")
+    return str(fraction)
+
+
+def parse_path(text: str) -> Path:
+    """A path, with ``~`` expanded. Raises ValueError when empty."""
+    if not str(text).strip():
+        raise ValueError("a path")
+    return Path(text).expanduser()
+
+
+def _setting(
+    default: Any, parse: Callable[[str], Any], metavar: str, help: str, flag: str | None = None
+) -> Any:
+    return dataclasses.field(
+        default=default,
+        metadata={"parse": parse, "metavar": metavar, "help": help, "flag": flag},
+    )
+
+
+@dataclass(frozen=True)
+class KrulConfig:
+    """Everything an operator can set. Values are validated on construction."""
+
+    enabled: bool = _setting(
+        False,
+        parse_bool,
+        "",
+        "Keep conversations that are evicted from the prefix cache in host memory, "
+        "compressed, and restore them when they return.",
+        flag="--enable-krul",
+    )
+    policy: str = _setting(
+        "predictive",
+        parse_policy,
+        "{" + ",".join(POLICIES) + "}",
+        "How evicted KV is stored. `lossless` is bit-exact; `predictive` stores each layer as "
+        "the difference from what the layer below predicts and is several times smaller.",
+    )
+    quality_budget: float = _setting(
+        0.01,
+        parse_budget,
+        "NATS",
+        "Mean KL divergence (nats) from the full cache that a lossy restore may add.",
+    )
+    host_memory: int = _setting(
+        4 * 10**9,
+        parse_size,
+        "SIZE",
+        "All host memory that Krul may hold on this server, ranks together: stored segments, "
+        "staging and index. For example 4GB.",
+    )
+    dir: Path | None = _setting(
+        None, parse_path, "PATH", "Directory of the disk tier; without it memory is the only tier."
+    )
+    disk: int | None = _setting(None, parse_size, "SIZE", "Byte budget of the disk tier.")
+    recompute: str = _setting(
+        "never",
+        parse_recompute,
+        "{auto,never,FRACTION}",
+        "How much of a stored history is recomputed instead of loaded: `never`, a fixed "
+        "fraction of its tokens (taken from the end), or `auto`, which balances both.",
+    )
+    profile: Path | None = _setting(
+        None,
+        parse_path,
+        "PATH",
+        "Model profile written by `krul calibrate`; without it the first start calibrates.",
+    )
+    link_bandwidth: float | None = _setting(
+        None,
+        parse_rate,
+        "RATE",
+        "Throttle loads of stored segments to this many bytes per second, for experiments.",
+    )
+
+    def __post_init__(self) -> None:
+        for setting in settings():
+            planned = PLANNED.get(setting.name)
+            value = getattr(self, setting.name)
+            if isinstance(planned, str) and value is not None:
+                raise KrulConfigError(f"{setting.flag}={value}: {planned}")
+            if isinstance(planned, dict) and value in planned:
+                accepted = _accepted_today(setting.name)
+                raise KrulConfigError(
+                    f"{setting.flag}={value}: {planned[value]}; accepted: {accepted}"
+                )
+
+    @property
+    def recompute_fraction(self) -> float:
+        """Share of a stored history to recompute, 0 for ``never``."""
+        return 0.0 if self.recompute in ("never", "auto") else float(self.recompute)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every restore is bit-exact."""
+        return self.policy == "lossless"
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> KrulConfig:
+        """Build from raw values by field name; None means the default.
+
+        Raises :class:`KrulConfigError` naming the flag, the value and what is
+        accepted; an unknown name is refused with the nearest valid one.
+        """
+        known = {setting.name: setting for setting in settings()}
+        parsed: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise KrulConfigError(f"unknown Krul setting {name!r}{hint}")
+            if value is None:
+                continue
+            parsed[name] = known[name].parse_value(value, source=known[name].flag)
+        return cls(**parsed)
+
+    @classmethod
+    def from_environment(
+        cls, environ: Mapping[str, str] = os.environ, **overrides: Any
+    ) -> KrulConfig:
+        """Settings from ``KRUL_*`` names, then ``overrides`` by field name.
+
+        A ``KRUL_*`` name that is no setting is refused: a typo must not silently
+        leave a default in place.
+        """
+        known = {setting.env: setting for setting in settings()}
+        parsed: dict[str, Any] = {}
+        for env, text in environ.items():
+            if not env.startswith("KRUL_"):
+                continue
+            if env not in known:
+                near = difflib.get_close_matches(env, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise KrulConfigError(f"unknown environment setting {env}{hint}")
+            parsed[known[env].name] = known[env].parse_value(text, source=env)
+        parsed.update({name: value for name, value in overrides.items() if value is not None})
+        return cls.from_values({k: v for k, v in parsed.items() if v is not None})
+
+    def to_environment(self) -> dict[str, str]:
+        """The ``KRUL_*`` variables that reproduce this configuration."""
+        out = {}
+        for setting in settings():
+            value = getattr(self, setting.name)
+            if value is not None and value != setting.default:
+                out[setting.env] = ("1" if value else "0") if value in (True, False) else str(value)
+        return out
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of :class:`KrulConfig` with its outward names."""
+
+    name: str
+    flag: str
+    env: str
+    default: Any
+    metavar: str
+    help: str
+    parse: Callable[[str], Any]
+
+    def parse_value(self, value: Any, source: str) -> Any:
+        """Parse text; a value that already has its final type passes through its text form."""
+        try:
+            return self.parse(str(value))
+        except ValueError as error:
+            raise KrulConfigError(f"{source}={value}: not accepted; expected {error}") from None
+
+
+def settings() -> Iterator[Setting]:
+    """Every setting, in the order of the docs table."""
+    for field in dataclasses.fields(KrulConfig):
+        stem = field.name.replace("_", "-")
+        flag = field.metadata["flag"] or f"--krul-{stem}"
+        env = "KRUL_ENABLED" if field.name == "enabled" else f"KRUL_{field.name.upper()}"
+        yield Setting(
+            name=field.name,
+            flag=flag,
+            env=env,
+            default=field.default,
+            metavar=field.metadata["metavar"],
+            help=field.metadata["help"],
+            parse=field.metadata["parse"],
+        )
+
+
+def _accepted_today(name: str) -> str:
+    planned = PLANNED[name]
+    if name == "policy":
+        return ", ".join(policy for policy in POLICIES if policy not in planned)
+    return "never, FRACTION"
+
+
+def flags_table() -> str:
+    """The Markdown table of flags that docs/flags.md carries."""
+    rows = ["| flag | environment | default | meaning |", "|---|---|---|---|"]
+    for setting in settings():
+        shown = setting.flag + (f" {setting.metavar}" if setting.metavar else "")
+        shown = shown.replace("|", "\\|")
+        planned = PLANNED.get(setting.name)
+        note = ""
+        if isinstance(planned, str):
+            note = f" Refused for now: {planned}."
+        elif isinstance(planned, dict):
+            note = " Refused for now: " + ", ".join(f"`{value}`" for value in planned) + "."
+        if setting.default is None:
+            default = "none"
+        elif setting.default is False:
+            default = "off"
+        elif setting.name == "host_memory":
+            default = "4GB"
+        else:
+            default = str(setting.default)
+        rows.append(f"| `{shown}` | `{setting.env}` | {default} | {setting.help}{note} |")
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,1 @@
+"""Restoring: stored segments back into the cache."""

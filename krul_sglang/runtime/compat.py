@@ -1,0 +1,254 @@
+"""What Krul works with, what it refuses, and why.
+
+One table feeds the check at start, ``krul doctor`` and docs/compatibility.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from krul_sglang.config import KrulConfig, KrulConfigError
+
+Predicate = Callable[[Any, Any, KrulConfig], bool]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One configuration that is refused at start.
+
+    flag: what the operator set, as they would recognise it.
+    reason: why it cannot work, in a phrase.
+    fix: what to do instead.
+    applies: ``(resolved server args, model config, KrulConfig) -> bool``.
+    """
+
+    flag: str
+    reason: str
+    fix: str
+    applies: Predicate
+
+
+def _arch(model: Any) -> str:
+    return getattr(getattr(model, "attention_arch", None), "name", "MHA")
+
+
+def _is_set(name: str) -> Predicate:
+    return lambda cfg, model, krul: bool(getattr(cfg, name, None))
+
+
+def _more_than_one(name: str) -> Predicate:
+    return lambda cfg, model, krul: (getattr(cfg, name, None) or 1) > 1
+
+
+REFUSALS = (
+    Refusal(
+        "--disable-radix-cache",
+        "without a prefix cache nothing is evicted or matched",
+        "drop one of the two flags",
+        _is_set("disable_radix_cache"),
+    ),
+    Refusal(
+        "--enable-hierarchical-cache",
+        "HiCache and Krul both own the host side of the prefix cache",
+        "drop one of the two flags",
+        _is_set("enable_hierarchical_cache"),
+    ),
+    Refusal(
+        "--enable-lmcache",
+        "LMCache brings its own prefix cache",
+        "drop one of the two flags",
+        _is_set("enable_lmcache"),
+    ),
+    Refusal(
+        "--enable-flexkv",
+        "FlexKV brings its own prefix cache",
+        "drop one of the two flags",
+        _is_set("enable_flexkv"),
+    ),
+    Refusal(
+        "--enable-unified-cache-external-linker",
+        "the external linker and Krul both own the host side of the prefix cache",
+        "drop one of the two flags",
+        _is_set("enable_unified_cache_external_linker"),
+    ),
+    Refusal(
+        "--disaggregation-mode",
+        "prefill/decode disaggregation moves KV past the prefix cache",
+        "serve without disaggregation",
+        lambda cfg, model, krul: getattr(cfg, "disaggregation_mode", "null") != "null",
+    ),
+    Refusal(
+        "--speculative-algorithm",
+        "the draft model's KV is not stored, so a restored prefix would miss it",
+        "drop the speculative flags",
+        _is_set("speculative_algorithm"),
+    ),
+    Refusal(
+        "--pp-size",
+        "pipeline stages do not yet agree on what is stored",
+        "use tensor parallelism",
+        _more_than_one("pp_size"),
+    ),
+    Refusal(
+        "--enable-dp-attention",
+        "attention data parallelism is not tested",
+        "use --tp-size or --dp-size alone",
+        lambda cfg, model, krul: (getattr(cfg, "attn_dp_size", None) or 1) > 1,
+    ),
+    Refusal(
+        "--ep-size",
+        "expert parallelism is not tested",
+        "serve without expert parallelism",
+        _more_than_one("ep_size"),
+    ),
+    Refusal(
+        "--dcp-size",
+        "decode context parallelism shards a token's KV over ranks",
+        "serve without it",
+        _more_than_one("dcp_size"),
+    ),
+    Refusal(
+        "--attn-cp-size",
+        "context parallelism shards a token's KV over ranks",
+        "serve without it",
+        _more_than_one("attn_cp_size"),
+    ),
+    Refusal(
+        "--kv-cache-dtype",
+        "a quantized KV cache is not supported",
+        "use --kv-cache-dtype auto",
+        lambda cfg, model, krul: (
+            str(getattr(cfg, "kv_cache_dtype", "auto"))
+            not in ("auto", "bfloat16", "bf16", "float16", "fp16", "float32", "fp32")
+        ),
+    ),
+    Refusal(
+        "--enable-lora",
+        "an adapter changes the KV, and lossy profiles are learnt without it",
+        "add --krul-policy lossless",
+        lambda cfg, model, krul: (
+            bool(getattr(cfg, "enable_lora", None) or getattr(cfg, "lora_paths", None))
+            and not krul.lossless
+        ),
+    ),
+    Refusal(
+        "--enable-deterministic-inference",
+        "a lossy restore is not deterministic across evictions",
+        "add --krul-policy lossless",
+        lambda cfg, model, krul: (
+            bool(getattr(cfg, "enable_deterministic_inference", False)) and not krul.lossless
+        ),
+    ),
+    Refusal(
+        "--enable-memory-saver",
+        "releasing the KV pool under stored conversations is not tested",
+        "drop the flag",
+        _is_set("enable_memory_saver"),
+    ),
+    Refusal(
+        "--enable-streaming-session",
+        "a streaming session keeps its KV outside the prefix cache between turns",
+        "use ordinary requests: Krul restores them by prefix",
+        _is_set("enable_streaming_session"),
+    ),
+    Refusal(
+        "--is-embedding",
+        "an embedding model has no conversation to restore",
+        "serve it without --enable-krul",
+        lambda cfg, model, krul: (
+            bool(getattr(cfg, "is_embedding", False)) or not getattr(model, "is_generation", True)
+        ),
+    ),
+    Refusal(
+        "--model-path",
+        "multimodal models are not tested",
+        "serve it without --enable-krul",
+        lambda cfg, model, krul: bool(getattr(model, "is_multimodal", False)),
+    ),
+    Refusal(
+        "--model-path",
+        "multi-head latent attention (MLA) keeps no per-head K and V",
+        "serve it without --enable-krul",
+        lambda cfg, model, krul: _arch(model) == "MLA",
+    ),
+    Refusal(
+        "--model-path",
+        "a model with recurrent state (Mamba, linear attention) needs more than KV",
+        "serve it without --enable-krul",
+        lambda cfg, model, krul: _arch(model) == "SSM" or _has_recurrent_state(model),
+    ),
+    Refusal(
+        "--model-path",
+        "a sliding attention window keeps only part of a conversation's KV",
+        "serve it without --enable-krul",
+        lambda cfg, model, krul: _has_sliding_window(model),
+    ),
+)
+
+
+def _has_recurrent_state(model: Any) -> bool:
+    if getattr(model, "hf_config", None) is None:
+        return False
+    from sglang.srt.mem_cache.kv_cache_builder import uses_ssm_state
+
+    return uses_ssm_state(model)
+
+
+def _has_sliding_window(model: Any) -> bool:
+    if getattr(model, "is_hybrid_swa", False):
+        return True
+    config = getattr(model, "hf_text_config", None)
+    window = getattr(config, "sliding_window", None)
+    # Qwen configs carry a window that use_sliding_window=False switches off.
+    return bool(window) and bool(getattr(config, "use_sliding_window", True))
+
+
+def refusals(cfg: Any, model: Any, krul: KrulConfig) -> list[Refusal]:
+    """All rows that apply."""
+    return [row for row in REFUSALS if row.applies(cfg, model, krul)]
+
+
+def check_settings(krul: KrulConfig, record: Any) -> None:
+    """Raise :class:`KrulConfigError` for the first row that applies to a resolved record."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    check_version()
+    cfg = resolving_view(record)
+    model = None
+    if str(cfg.model_path).lower() not in ("none", "dummy"):
+        model = model_config_of(record)
+    for row in refusals(cfg, model, krul):
+        value = cfg.model_path if row.flag == "--model-path" else _value_of(cfg, row.flag)
+        raise KrulConfigError(f"{row.flag}{value_text(value)}: {row.reason}; {row.fix}")
+
+
+def _value_of(cfg: Any, flag: str) -> Any:
+    return getattr(cfg, flag.removeprefix("--").replace("-", "_"), None)
+
+
+def value_text(value: Any) -> str:
+    """``=value``, or nothing for a bare switch."""
+    return "" if value in (None, True, False) else f"={value}"
+
+
+def check_version() -> None:
+    """Raise :class:`KrulConfigError` unless SGLang is the supported release."""
+    import sglang
+
+    from krul_sglang.runtime import SUPPORTED_SGLANG
+
+    if sglang.__version__ != SUPPORTED_SGLANG:
+        raise KrulConfigError(
+            f"sglang=={sglang.__version__} is installed; this release of Krul extends "
+            f"{SUPPORTED_SGLANG}: pip install sglang=={SUPPORTED_SGLANG}"
+        )
+
+
+def refusals_table() -> str:
+    """The Markdown table of refused configurations that docs/compatibility.md carries."""
+    rows = ["| refused at start | reason | instead |", "|---|---|---|"]
+    rows += [f"| `{row.flag}` | {row.reason} | {row.fix} |" for row in REFUSALS]
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,88 @@
+"""Builds the cache of one rank from SGLang's context; refuses what cannot be served."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import Any
+
+from krul_sglang.config import KrulConfig
+
+logger = logging.getLogger(__name__)
+
+
+def create(ctx: Any) -> Any:
+    """The factory registered as radix cache backend ``krul``."""
+    from sglang.srt.mem_cache.registry import create_unified_radix_cache
+    from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
+
+    from krul_sglang.runtime import args, compat, hooks
+    from krul_sglang.runtime.cache import KrulRadixCache
+    from krul_sglang.runtime.component import KrulFullComponent
+
+    hooks.verify()
+    config = getattr(ctx.server_args, args.ATTRIBUTE, None)
+    if config is None:
+        config = KrulConfig.from_environment(enabled="1")
+    compat.check_settings(config, ctx.server_args)
+    krul = build(config, ctx)
+    # An own FULL component also selects the Python tree core, whose nodes can be
+    # looked up by id; the default Rust core's cannot.
+    ctx.params.component_registry_override = {ComponentType.FULL: KrulFullComponent}
+    ctx.params.tree_core_backend = "python"
+    cache = create_unified_radix_cache(
+        ctx, cache_class=functools.partial(KrulRadixCache, krul=krul)
+    )
+    logger.info(
+        "Krul: policy %s, %.2f GB host memory on this rank, %.1f KB of KV a token",
+        config.policy,
+        krul.store.ledger.limit / 1e9,
+        krul.pool.spec.token_bytes / 1e3,
+    )
+    return cache
+
+
+def build(config: KrulConfig, ctx: Any) -> Any:
+    """The rank's :class:`~krul_sglang.runtime.cache.Krul`."""
+    from sglang.srt.runtime_context import get_parallel
+
+    from krul_sglang.codec.registry import make_codec
+    from krul_sglang.restore.load import Loader
+    from krul_sglang.runtime.cache import Krul
+    from krul_sglang.runtime.pool import PoolView
+    from krul_sglang.runtime.state import Counters, Metrics
+    from krul_sglang.store.memory import MemoryStore
+    from krul_sglang.strategy.base import EXACT, Strategy
+
+    parallel = get_parallel()
+    ranks = max(1, parallel.tp_size) * max(1, parallel.dp_size)
+    runner = ctx.tp_worker.model_runner
+    pool = PoolView(
+        ctx.params.token_to_kv_pool_allocator.get_kvcache(),
+        getattr(runner, "forward_stream", None),
+    )
+    codec_for = functools.cache(lambda name: make_codec(name, pool.spec))
+    store = MemoryStore(pool.spec, config.host_memory // ranks, codec_for, EXACT.codec)
+    threads = max(1, min(4, len(os.sched_getaffinity(0)) // ranks))
+    metrics = None
+    if ctx.params.enable_metrics:
+        metrics = Metrics(
+            {
+                "model_name": str(ctx.server_args.served_model_name or ctx.model_config.model_path),
+                "tp_rank": str(ctx.tp_rank),
+                "dp_rank": str(getattr(parallel, "dp_rank", 0) or 0),
+            }
+        )
+    return Krul(
+        config=config,
+        pool=pool,
+        store=store,
+        loader=Loader(store, threads, config.link_bandwidth),
+        lossy=None
+        if config.lossless
+        else Strategy(codec=config.policy, budget=config.quality_budget),
+        turn_ends=frozenset(ctx.model_config.hf_eos_token_id or ()),
+        counters=Counters(),
+        metrics=metrics,
+    )

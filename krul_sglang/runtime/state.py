@@ -1,0 +1,133 @@
+"""Krul's counters, and where an operator reads them: /server_info and /metrics."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from krul_sglang.runtime.exact import LOSSY_TOKENS
+
+
+@dataclass
+class Counters:
+    """Totals since start, on this rank. Written by the scheduler thread."""
+
+    evicted_tokens: int = 0
+    dropped_tokens: int = 0
+    restored_tokens: int = 0
+    recomputed_tokens: int = 0
+    restores: int = 0
+    restore_seconds: float = 0.0
+    evict_seconds: float = 0.0
+    misses: int = 0
+
+
+def block(cache: Any) -> dict[str, Any]:
+    """The ``krul`` block of /server_info for one rank."""
+    krul = cache.krul
+    counters, stats = krul.counters, krul.store.stats
+    totals = krul.store.totals()
+    memory = krul.store.ledger.snapshot()
+    ratio = totals["raw_bytes"] / totals["stored_bytes"] if totals["stored_bytes"] else None
+    return {
+        "policy": krul.config.policy,
+        **totals,
+        "ratio": None if ratio is None else round(ratio, 3),
+        "evicted_tokens": counters.evicted_tokens,
+        "dropped_tokens": counters.dropped_tokens,
+        "restored_tokens": counters.restored_tokens,
+        "recomputed_tokens": counters.recomputed_tokens,
+        "restores": counters.restores,
+        "restore_seconds": round(counters.restore_seconds, 6),
+        "evict_seconds": round(counters.evict_seconds, 6),
+        "encode_seconds": round(stats.encode_seconds, 6),
+        "misses": counters.misses,
+        "fallbacks": stats.fallbacks,
+        "lost_segments": stats.lost_segments,
+        "memory": memory,
+        "tiers": {"memory": {"bytes": memory["tier"], "limit": memory["limit"]}},
+    }
+
+
+def _tree_cache(scheduler: Any) -> Any:
+    cache = getattr(scheduler, "tree_cache", None)
+    return cache if hasattr(cache, "krul") else None
+
+
+def add_to_server_info(result: Any, controller: Any, recv_req: Any) -> Any:
+    """AFTER ``get_internal_state``: add the ``krul`` block."""
+    cache = _tree_cache(controller.scheduler)
+    if cache is not None:
+        result.internal_state["krul"] = block(cache)
+    return result
+
+
+def add_to_cached_tokens(result: Any, streamer: Any, req: Any) -> Any:
+    """AFTER ``get_cached_tokens_details``: how many of the cached tokens are lossy."""
+    if result is not None and hasattr(streamer.tree_cache, "krul"):
+        result["lossy"] = getattr(req, LOSSY_TOKENS, 0)
+    return result
+
+
+GAUGES = {
+    "stored_tokens": "Tokens whose KV Krul stores.",
+    "stored_bytes": "Bytes of sealed segments.",
+    "raw_bytes": "Bytes the sealed segments take uncompressed.",
+    "segments": "Stored segments.",
+    "memory_bytes": "Host memory Krul holds, by kind.",
+}
+COUNTERS = {
+    "evicted_tokens": "Tokens evicted from the device into the store.",
+    "dropped_tokens": "Tokens evicted without being stored.",
+    "restored_tokens": "Tokens restored from the store.",
+    "recomputed_tokens": "Stored tokens that were recomputed instead.",
+    "restores": "Restores.",
+    "restore_seconds": "Seconds spent restoring.",
+    "encode_seconds": "Seconds spent encoding.",
+    "misses": "Matches whose stored part could not be used.",
+    "fallbacks": "Segments stored losslessly because their codec could not.",
+}
+
+
+class Metrics:
+    """Prometheus objects of one rank; :meth:`publish` brings them up to date."""
+
+    def __init__(self, labels: dict[str, str]) -> None:
+        # Imported here: prometheus_client reads its multiprocess directory at import,
+        # and the scheduler has set it by now.
+        from prometheus_client import Counter, Gauge
+
+        names = list(labels)
+        self._labels = labels
+        self._lock = threading.Lock()
+        self._published: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
+        self._gauges = {
+            name: Gauge(
+                f"sglang:krul_{name}",
+                text,
+                labelnames=[*names, "kind"] if name == "memory_bytes" else names,
+                multiprocess_mode="mostrecent",
+            )
+            for name, text in GAUGES.items()
+        }
+        self._counters = {
+            name: Counter(f"sglang:krul_{name}_total", text, labelnames=names)
+            for name, text in COUNTERS.items()
+        }
+
+    def publish(self, cache: Any) -> None:
+        """Copy the rank's figures into the Prometheus objects."""
+        figures = block(cache)
+        with self._lock:
+            for name, gauge in self._gauges.items():
+                if name == "memory_bytes":
+                    for kind in ("tier", "staging", "index"):
+                        gauge.labels(**self._labels, kind=kind).set(figures["memory"][kind])
+                else:
+                    gauge.labels(**self._labels).set(figures[name])
+            for name, counter in self._counters.items():
+                delta = figures[name] - self._published[name]
+                if delta > 0:
+                    counter.labels(**self._labels).inc(delta)
+                    self._published[name] = figures[name]

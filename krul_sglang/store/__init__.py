@@ -1,0 +1,1 @@
+"""The store: what holds evicted segments, under one byte budget."""

@@ -1,0 +1,278 @@
+"""The memory tier: segments in host memory, encoded off the critical path.
+
+The scheduler hands over raw rows (:meth:`MemoryStore.stage`) and goes on; a
+background worker encodes them and swaps the payload in (the seal). Until then a
+segment is served from its raw rows. The tree decides what leaves: the store only
+drops a segment when the last token of it is released.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from krul_sglang.codec.base import Codec, CodecError, KVRun, KVSpec, SegmentReader
+from krul_sglang.store.ledger import Ledger
+from krul_sglang.store.segment import Segment, SegmentState
+from krul_sglang.store.slots import slot_ids, slot_runs
+from krul_sglang.strategy.base import Strategy
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+# Share of the budget that raw rows may take while they wait to be encoded. Raw is
+# several times the sealed size, so staging may not crowd out what is stored.
+STAGING_SHARE = 4
+
+
+@dataclass
+class StoreStats:
+    """Totals since start; mutated under the store's lock."""
+
+    encode_seconds: float = 0.0
+    encoded_segments: int = 0
+    encoded_raw_bytes: int = 0
+    encoded_bytes: int = 0
+    fallbacks: int = 0
+    lost_segments: int = 0
+
+
+class RawReader(SegmentReader):
+    """Reads a segment that is not encoded yet."""
+
+    def __init__(self, run: KVRun) -> None:
+        self._run = run
+        self.tokens = run.tokens
+        self.start = run.start
+
+    def layers(self, lo: int, hi: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """See :class:`SegmentReader`; yields views."""
+        for layer in range(self._run.k.shape[0]):
+            yield self._run.k[layer, lo:hi], self._run.v[layer, lo:hi]
+
+
+class MemoryStore:
+    """Segments by id, their bytes, and the worker that seals them. Thread-safe."""
+
+    def __init__(
+        self, spec: KVSpec, limit: int, codec_for: Callable[[str], Codec], fallback: str
+    ) -> None:
+        """``codec_for(name)`` gives a codec; ``fallback`` names the exact one used when
+        another codec cannot encode a run."""
+        self.spec = spec
+        self.ledger = Ledger(limit)
+        self.stats = StoreStats()
+        self.lost_count = 0
+        self._codec_for = codec_for
+        self._fallback = fallback
+        self._segments: dict[int, Segment] = {}
+        self._next_id = 1
+        self._lock = threading.Lock()
+        self._drained = threading.Condition(self._lock)
+        self._staged_bytes = 0
+        self._queue: queue.SimpleQueue[Segment | None] = queue.SimpleQueue()
+        self._worker: threading.Thread | None = None
+        self._closed = False
+
+    # ---- writing ---------------------------------------------------------------
+
+    @property
+    def staging_limit(self) -> int:
+        """Bytes of raw rows that may wait at once."""
+        return self.ledger.limit // STAGING_SHARE
+
+    def wait_for_staging(self, nbytes: int, timeout: float) -> bool:
+        """Wait until ``nbytes`` more raw bytes fit; False when ``timeout`` seconds pass."""
+        with self._drained:
+            return self._drained.wait_for(
+                lambda: (
+                    self._closed
+                    or self._staged_bytes == 0
+                    or self._staged_bytes + nbytes <= self.staging_limit
+                ),
+                timeout,
+            )
+
+    def stage(self, run: KVRun, strategy: Strategy, exact: bool) -> tuple[Segment, torch.Tensor]:
+        """Take a raw run over (its tensors must not change any more) and queue its encoding.
+
+        Returns the segment and its slot ids, int64 ``[tokens]``.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the store is closed")
+            segment = Segment(
+                id=self._next_id,
+                tokens=run.tokens,
+                start=run.start,
+                strategy=strategy,
+                exact=exact,
+                raw_bytes=run.nbytes,
+                live_tokens=run.tokens,
+                run=run,
+            )
+            self._next_id += 1
+            self._segments[segment.id] = segment
+            self._staged_bytes += segment.raw_bytes
+            self.ledger.add("staging", segment.raw_bytes)
+            self.ledger.add("index", segment.index_bytes)
+            if self._worker is None:
+                self._worker = threading.Thread(
+                    target=self._seal_forever, name="krul-seal", daemon=True
+                )
+                self._worker.start()
+        self._queue.put(segment)
+        return segment, slot_ids(segment.id, segment.tokens)
+
+    def _seal_forever(self) -> None:
+        while (segment := self._queue.get()) is not None:
+            try:
+                self._seal(segment)
+            except Exception:
+                # The raw rows stay readable, so nothing is lost; the bytes stay
+                # in staging and the operator sees them there.
+                logger.exception("segment %d could not be encoded; kept raw", segment.id)
+                with self._drained:
+                    self._staged_bytes -= segment.raw_bytes
+                    self._drained.notify_all()
+
+    def _seal(self, segment: Segment) -> None:
+        run = segment.run
+        if run is None:  # released or lost while it waited
+            return
+        began = time.perf_counter()
+        name = segment.strategy.codec
+        try:
+            payload = self._codec_for(name).encode(run, segment.strategy)
+        except Exception as error:
+            if name == self._fallback:
+                raise
+            logger.warning(
+                "codec %s cannot encode segment %d (%s); stored losslessly", name, segment.id, error
+            )
+            with self._lock:
+                self.stats.fallbacks += 1
+            name = self._fallback
+            payload = self._codec_for(name).encode(run, segment.strategy)
+        seconds = time.perf_counter() - began
+        with self._drained:
+            self.stats.encode_seconds += seconds
+            self.stats.encoded_segments += 1
+            self.stats.encoded_raw_bytes += segment.raw_bytes
+            self.stats.encoded_bytes += len(payload)
+            if segment.run is None:  # released or lost meanwhile: already settled
+                return
+            segment.payload = payload
+            segment.codec = name
+            segment.run = None
+            segment.state = SegmentState.SEALED
+            self._staged_bytes -= segment.raw_bytes
+            self.ledger.move("staging", "tier", segment.raw_bytes, len(payload))
+            self._drained.notify_all()
+
+    def wait_sealed(self, timeout: float) -> bool:
+        """Wait until nothing waits to be encoded; False on timeout."""
+        with self._drained:
+            return self._drained.wait_for(lambda: self._staged_bytes == 0, timeout)
+
+    # ---- reading ---------------------------------------------------------------
+
+    def get(self, segment_id: int) -> Segment | None:
+        """The segment, or None when it is gone."""
+        return self._segments.get(segment_id)
+
+    def open(self, segment: Segment) -> SegmentReader:
+        """A reader over the segment's bytes. Raises :class:`CodecError` when lost or bad."""
+        with self._lock:
+            run, payload = segment.run, segment.payload
+        if run is not None:
+            return RawReader(run)
+        if payload is None:
+            raise CodecError(f"segment {segment.id} is lost")
+        reader = self._codec_for(segment.codec).open(payload)
+        if reader.tokens != segment.tokens or reader.start != segment.start:
+            raise CodecError(f"segment {segment.id} holds another run than its record says")
+        return reader
+
+    # ---- letting go ------------------------------------------------------------
+
+    def _drop_bytes(self, segment: Segment) -> None:
+        if segment.run is not None:
+            self.ledger.add("staging", -segment.raw_bytes)
+            self._staged_bytes -= segment.raw_bytes
+            self._drained.notify_all()
+        self.ledger.add("tier", -segment.stored_bytes)
+        segment.run = None
+        segment.payload = None
+
+    def mark_lost(self, segment_id: int) -> None:
+        """Turn a damaged segment into a miss; its ids stay valid until released."""
+        with self._lock:
+            segment = self._segments.get(segment_id)
+            if segment is None or segment.state is SegmentState.LOST:
+                return
+            self._drop_bytes(segment)
+            segment.state = SegmentState.LOST
+            self.lost_count += 1
+            self.stats.lost_segments += 1
+
+    def release(self, ids: torch.Tensor) -> None:
+        """Give tokens back (int64 ``[n]``); a segment goes with its last token."""
+        runs = slot_runs(ids)
+        with self._lock:
+            for run in runs:
+                segment = self._segments[run.segment]
+                segment.live_tokens -= run.tokens
+                assert segment.live_tokens >= 0, f"segment {segment.id} released twice"
+                if segment.live_tokens:
+                    continue
+                self._drop_bytes(segment)
+                self.ledger.add("index", -segment.index_bytes)
+                if segment.state is SegmentState.LOST:
+                    self.lost_count -= 1
+                del self._segments[segment.id]
+
+    def clear(self) -> None:
+        """Drop everything. Ids handed out before are never handed out again."""
+        with self._lock:
+            for segment in self._segments.values():
+                self._drop_bytes(segment)
+                self.ledger.add("index", -segment.index_bytes)
+            self._segments.clear()
+            self.lost_count = 0
+
+    def close(self) -> None:
+        """Drop everything and stop the worker."""
+        self.clear()
+        with self._drained:
+            if self._closed:
+                return
+            self._closed = True
+            self._drained.notify_all()
+        self._queue.put(None)
+        if self._worker is not None and self._worker is not threading.current_thread():
+            self._worker.join(timeout=10)
+
+    # ---- what is stored --------------------------------------------------------
+
+    def totals(self) -> dict[str, int]:
+        """Segments, tokens, raw-equivalent bytes and sealed bytes held now."""
+        with self._lock:
+            segments = list(self._segments.values())
+        live = [s for s in segments if s.state is not SegmentState.LOST]
+        sealed = [s for s in live if s.state is SegmentState.SEALED]
+        return {
+            "segments": len(live),
+            "sealed_segments": len(sealed),
+            "stored_tokens": sum(s.live_tokens for s in live),
+            "raw_bytes": sum(s.raw_bytes for s in sealed),
+            "stored_bytes": sum(s.stored_bytes for s in sealed),
+            "lossy_segments": sum(not s.exact for s in live),
+        }

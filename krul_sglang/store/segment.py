@@ -1,0 +1,58 @@
+"""A segment: the stored KV of one token run, from gathered to sealed or lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from krul_sglang.codec.base import KVRun
+from krul_sglang.strategy.base import Strategy
+
+
+class SegmentState(Enum):
+    """Where a segment's bytes are."""
+
+    STAGED = "staged"
+    """Raw rows in host memory, waiting to be encoded; readable as they are."""
+    SEALED = "sealed"
+    """Encoded; the payload is final."""
+    LOST = "lost"
+    """Damaged or missing: a miss for every reader, until the tree lets it go."""
+
+
+# What a segment costs beside its bytes: this record, its dictionary entry and,
+# in the tree, eight bytes of slot id a token (counted separately).
+RECORD_BYTES = 1024
+SLOT_BYTES = 8
+
+
+@dataclass
+class Segment:
+    """Mutable record owned by the store.
+
+    live_tokens: tokens some tree node still names; the segment goes when it is 0.
+    codec: name of the codec that wrote ``payload`` (a strategy's codec may have
+        been replaced by lossless when it could not handle the run).
+    """
+
+    id: int
+    tokens: int
+    start: int
+    strategy: Strategy
+    exact: bool
+    raw_bytes: int
+    live_tokens: int
+    state: SegmentState = SegmentState.STAGED
+    run: KVRun | None = None
+    payload: bytes | None = None
+    codec: str = ""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the sealed payload, 0 before sealing."""
+        return len(self.payload) if self.payload is not None else 0
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the record and of the tree's slot ids."""
+        return RECORD_BYTES + SLOT_BYTES * self.tokens

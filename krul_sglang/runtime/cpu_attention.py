@@ -17,10 +17,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def _covered(query: torch.Tensor, options: dict[str, Any]) -> bool:
+def _covered(
+    query: torch.Tensor, encoder_lens: torch.Tensor | None, options: dict[str, Any]
+) -> bool:
     return (
         query.device.type == "cpu"
-        and options.get("encoder_lens") is None
+        and encoder_lens is None
         and not options.get("is_cross_attn", False)
         and options.get("sliding_window_size") is None
     )
@@ -43,11 +45,11 @@ def extend(
     seq_lens: torch.Tensor,
     extend_prefix_lens: torch.Tensor,
     extend_seq_lens: torch.Tensor,
-    *args: Any,
+    encoder_lens: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
     """AROUND ``_run_sdpa_forward_extend``: query ``[rows, heads, dim]``, output mutated."""
-    if args or not options.get("causal") or not _covered(query, options):
+    if not options.get("causal") or not _covered(query, encoder_lens, options):
         return original(
             backend,
             query,
@@ -59,7 +61,7 @@ def extend(
             seq_lens,
             extend_prefix_lens,
             extend_seq_lens,
-            *args,
+            encoder_lens,
             **options,
         )
     first = 0
@@ -104,7 +106,7 @@ def decode(
     req_to_token: torch.Tensor,
     req_pool_indices: torch.Tensor,
     seq_lens: torch.Tensor,
-    *args: Any,
+    encoder_lens: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
     """AROUND ``_run_sdpa_forward_decode``: one new row per sequence, output mutated.
@@ -112,7 +114,7 @@ def decode(
     The query heads that share a KV head become rows of one matrix, so K and V are
     read once per KV head instead of being repeated for every query head.
     """
-    if args or not _covered(query, options):
+    if not _covered(query, encoder_lens, options):
         return original(
             backend,
             query,
@@ -122,7 +124,7 @@ def decode(
             req_to_token,
             req_pool_indices,
             seq_lens,
-            *args,
+            encoder_lens,
             **options,
         )
     heads, kv_heads = query.shape[1], k_cache.shape[1]

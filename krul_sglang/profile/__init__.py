@@ -1,0 +1,1 @@
+"""What calibration learns about a model, its file, and its fingerprint."""

@@ -29,6 +29,8 @@ PLANNED = {
     "dir": "the disk tier is not in this release",
     "disk": "the disk tier is not in this release",
     "recompute": {"auto": "the restore planner is not in this release"},
+    "profile": "calibrated profiles are not in this release",
+    "quality_budget": "the quality guard is not in this release; only the default is served",
 }
 
 
@@ -146,8 +148,8 @@ class KrulConfig:
         "predictive",
         parse_policy,
         "{" + ",".join(POLICIES) + "}",
-        "How evicted KV is stored. `lossless` is bit-exact; `predictive` stores each layer as "
-        "the difference from what the layer below predicts and is several times smaller.",
+        "How evicted KV is stored. `lossless` is bit-exact; `predictive` is lossy and several "
+        "times smaller (in this release: 4 bits a scalar, layers apart).",
     )
     quality_budget: float = _setting(
         0.01,
@@ -190,7 +192,7 @@ class KrulConfig:
         for setting in settings():
             planned = PLANNED.get(setting.name)
             value = getattr(self, setting.name)
-            if isinstance(planned, str) and value is not None:
+            if isinstance(planned, str) and value != setting.default:
                 raise KrulConfigError(f"{setting.flag}={value}: {planned}")
             if isinstance(planned, dict) and value in planned:
                 accepted = _accepted_today(setting.name)

@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 
 # Longest run that becomes one segment: bounds staging and lets loads run in parallel.
 SEGMENT_TOKENS = 1024
+# The first tokens of a sequence draw attention from everywhere (attention sinks), so
+# errors in them cost most and their bytes least: they stay exact.
+SINK_TOKENS = 4
 # How long an eviction waits for the encoder before it drops the victim instead.
 STAGING_WAIT_SECONDS = 5.0
 
@@ -296,7 +299,7 @@ class KrulRadixCache(UnifiedRadixCache):
                 yield lo, min(lo + SEGMENT_TOKENS, end), strategy
 
     def _exact_head(self, node: Any, start: int) -> int:
-        """How many of the node's first tokens others may share, so that they stay exact.
+        """How many of the node's first tokens stay exact because others may share them.
 
         Everything above a branch is shared already. A conversation's opening up to
         its first end of turn (a system prompt) may be shared by the next one.
@@ -304,14 +307,19 @@ class KrulRadixCache(UnifiedRadixCache):
         tokens = len(node.key)
         if self.krul.lossy is None or self._is_above_branch(node):
             return tokens
+        head = max(0, SINK_TOKENS - start, self._opening(node))
+        return min(tokens, -(-head // self.page_size) * self.page_size)
+
+    def _opening(self, node: Any) -> int:
+        """How many of the node's tokens precede the end of the conversation's first turn."""
         ends = self.krul.turn_ends
         for above in self._path(node.parent.id):
             if not ends.isdisjoint(above.key.token_ids[: len(above.key)]):
                 return 0
-        for offset, token in enumerate(node.key.token_ids[:tokens]):
+        for offset, token in enumerate(node.key.token_ids[: len(node.key)]):
             if token in ends:
-                return min(tokens, -(-(offset + 1) // self.page_size) * self.page_size)
-        return tokens if not ends else 0
+                return offset + 1
+        return 0
 
     @staticmethod
     def _is_above_branch(node: Any) -> bool:

@@ -11,6 +11,9 @@ from krul_sglang.config import KrulConfig
 
 logger = logging.getLogger(__name__)
 
+# The codec a lossy policy stores with.
+LOSSY_CODECS = {"predictive": "int4"}
+
 
 def create(ctx: Any) -> Any:
     """The factory registered as radix cache backend ``krul``."""
@@ -81,7 +84,7 @@ def build(config: KrulConfig, ctx: Any) -> Any:
         loader=Loader(store, threads, config.link_bandwidth),
         lossy=None
         if config.lossless
-        else Strategy(codec=config.policy, budget=config.quality_budget),
+        else Strategy(codec=LOSSY_CODECS[config.policy], budget=config.quality_budget),
         turn_ends=frozenset(ctx.model_config.hf_eos_token_id or ()),
         counters=Counters(),
         metrics=metrics,

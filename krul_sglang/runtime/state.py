@@ -32,6 +32,7 @@ def block(cache: Any) -> dict[str, Any]:
     ratio = totals["raw_bytes"] / totals["stored_bytes"] if totals["stored_bytes"] else None
     return {
         "policy": krul.config.policy,
+        "protected_tokens": cache.protected_size(),
         **totals,
         "ratio": None if ratio is None else round(ratio, 3),
         "evicted_tokens": counters.evicted_tokens,

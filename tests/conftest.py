@@ -1,0 +1,52 @@
+"""Fixtures every test folder shares: the real chat model and live servers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from krul_sglang.live_server import LiveServer
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
+
+Serve = Callable[..., AbstractContextManager[LiveServer]]
+
+
+@pytest.fixture(scope="session")
+def chat_model() -> Path:
+    """The folder of the real chat model."""
+    if not (MODEL / "config.json").is_file():
+        pytest.skip("the chat model is not prepared; run `make model`")
+    return MODEL
+
+
+@pytest.fixture(scope="session")
+def serve(chat_model: Path) -> Serve:
+    """``with serve("--enable-krul", ...) as server``: the chat model in float32.
+
+    float32, because greedy tokens in bfloat16 may differ between two correct runs
+    that put different numbers of rows through one forward pass. The leak check is
+    strict: a leaked slot ends the server.
+    """
+
+    @contextmanager
+    def start(
+        *flags: str, env: dict[str, str] | None = None, model: Path = chat_model
+    ) -> Iterator[LiveServer]:
+        strict = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1", **(env or {})}
+        server = LiveServer(model, ["--dtype", "float32", *flags], env=strict)
+        try:
+            server.start()
+            yield server
+            assert server.process is not None
+            assert server.process.poll() is None, f"the server died:\n{server.tail(40)}"
+            server.stop()
+            server.discard_log()
+        finally:
+            server.stop()
+
+    return start

@@ -1,0 +1,46 @@
+"""The lossy policy: smaller, reported, and a miss for whoever demands exact KV."""
+
+from __future__ import annotations
+
+import pytest
+from dialogue import SMALL_POOL, Dialogue, outputs
+
+pytestmark = pytest.mark.server
+
+EXACT = {"custom_params": {"krul": "exact"}}
+
+
+@pytest.fixture(scope="module")
+def lossy_server(serve):
+    """Krul with its default policy and a pool too small for the working set."""
+    with serve("--enable-krul", *SMALL_POOL) as server:
+        yield server
+
+
+def test_lossy_restores_are_smaller_and_reported(lossy_server):
+    """Fewer bytes than raw, and every request is told how many of its tokens are lossy."""
+    lossy_server.flush()
+    done = Dialogue(lossy_server).run()
+    lossy = [turn.hits("lossy") for turns in done for turn in turns[1:]]
+    assert all(count > 0 for count in lossy)
+    for turns in done:
+        for turn in turns:
+            assert turn.hits("lossy") <= turn.hits("device") + turn.hits("host")
+    state = lossy_server.krul()
+    assert state["policy"] == "predictive"
+    assert state["lossy_segments"] > 0
+    assert state["ratio"] > 3  # against float32 rows
+    assert state["ratio"] == pytest.approx(state["raw_bytes"] / state["stored_bytes"], abs=1e-3)
+    assert state["protected_tokens"] == 0
+
+
+def test_exact_on_demand(lossy_server, reference):
+    """A request that demands exact KV gets a never-evicted run's answer, whatever is stored."""
+    lossy_server.flush()
+    Dialogue(lossy_server).run()  # leaves lossy segments and lossy rows behind
+    done = Dialogue(lossy_server, sampling=EXACT).run()
+    assert outputs(done) == reference
+    assert all(turn.hits("lossy") == 0 for turns in done for turn in turns)
+    state = lossy_server.krul()
+    assert state["recomputed_tokens"] > 0
+    assert state["protected_tokens"] == 0

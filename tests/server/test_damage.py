@@ -23,7 +23,7 @@ def test_a_damaged_middle_segment_is_recomputed_and_stored_anew(serve, tmp_path)
 
     # Several turns, so that the conversation is several stored segments.
     turns = [tokens(40) for _ in range(4)]
-    other = tokens(200)
+    other = tokens(240)  # leaves no room for anything else
     with serve(
         *KRUL,
         "--max-total-tokens",

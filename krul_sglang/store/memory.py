@@ -139,9 +139,15 @@ class MemoryStore:
                 # The raw rows stay readable, so nothing is lost; the bytes stay
                 # in staging and the operator sees them there.
                 logger.exception("segment %d could not be encoded; kept raw", segment.id)
-                with self._drained:
-                    self._staged_bytes -= segment.raw_bytes
-                    self._drained.notify_all()
+                with self._lock:
+                    self._stop_waiting(segment)
+
+    def _stop_waiting(self, segment: Segment) -> None:
+        """Under the lock: whatever became of the segment, it is waited for no longer."""
+        if segment.waiting:
+            segment.waiting = False
+            self._staged_bytes -= segment.raw_bytes
+            self._drained.notify_all()
 
     def _seal(self, segment: Segment) -> None:
         run = segment.run
@@ -173,9 +179,8 @@ class MemoryStore:
             segment.codec = name
             segment.run = None
             segment.state = SegmentState.SEALED
-            self._staged_bytes -= segment.raw_bytes
             self.ledger.move("staging", "tier", segment.raw_bytes, len(payload))
-            self._drained.notify_all()
+            self._stop_waiting(segment)
 
     def wait_sealed(self, timeout: float) -> bool:
         """Wait until nothing waits to be encoded; False on timeout."""
@@ -206,8 +211,7 @@ class MemoryStore:
     def _drop_bytes(self, segment: Segment) -> None:
         if segment.run is not None:
             self.ledger.add("staging", -segment.raw_bytes)
-            self._staged_bytes -= segment.raw_bytes
-            self._drained.notify_all()
+        self._stop_waiting(segment)
         self.ledger.add("tier", -segment.stored_bytes)
         segment.run = None
         segment.payload = None

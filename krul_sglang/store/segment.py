@@ -31,6 +31,7 @@ class Segment:
     """Mutable record owned by the store.
 
     live_tokens: tokens some tree node still names; the segment goes when it is 0.
+    waiting: whether the encoder has yet to settle it (it keeps its raw rows when it fails).
     codec: name of the codec that wrote ``payload`` (a strategy's codec may have
         been replaced by lossless when it could not handle the run).
     """
@@ -46,6 +47,7 @@ class Segment:
     run: KVRun | None = None
     payload: bytes | None = None
     codec: str = ""
+    waiting: bool = True
 
     @property
     def stored_bytes(self) -> int:

@@ -35,7 +35,7 @@ from krul_sglang.runtime.exact import LOSSY_TOKENS, RECOMPUTED, demands_exact
 from krul_sglang.runtime.pool import PoolView
 from krul_sglang.runtime.state import Counters, Metrics
 from krul_sglang.store.memory import MemoryStore
-from krul_sglang.store.segment import SLOT_BYTES, Segment, SegmentState
+from krul_sglang.store.segment import RECORD_BYTES, SLOT_BYTES, Segment, SegmentState
 from krul_sglang.store.slots import slot_runs
 from krul_sglang.strategy.base import EXACT, Strategy
 
@@ -334,7 +334,7 @@ class KrulRadixCache(UnifiedRadixCache):
         the tree to let stored leaves go, oldest first.
         """
         store = self.krul.store
-        needed = nbytes + tokens * SLOT_BYTES
+        needed = nbytes + tokens * SLOT_BYTES + RECORD_BYTES
         if max(self._agree([needed])) > store.ledger.limit:
             return False
         fits = store.wait_for_staging(nbytes, STAGING_WAIT_SECONDS)
@@ -392,6 +392,7 @@ class KrulRadixCache(UnifiedRadixCache):
             return False
         if not self._load_rows(transfer.host_indices, rows):
             allocator.free(rows)
+            self._forget_lost(node_id)
             if req is not None:
                 self._note_failed_load(req, tokens)
             return False
@@ -420,6 +421,15 @@ class KrulRadixCache(UnifiedRadixCache):
                 logger.warning("krul: segment %d is damaged; recomputing it", run.segment)
                 self.krul.store.mark_lost(run.segment)
         return not any(lost)
+
+    def _forget_lost(self, node_id: int) -> None:
+        # A node above, still on the device, may share the segment since a split: evicted
+        # with that copy it would be thrown away, so let it be stored anew.
+        for node in self._path(node_id):
+            if not node.evicted and any(
+                segment.state is SegmentState.LOST for segment in self._segments_of(node)
+            ):
+                self.forget_stored(node)
 
     def _note_failed_load(self, req: Any, tokens: int) -> None:
         setattr(req, RECOMPUTED, getattr(req, RECOMPUTED, 0) + tokens)

@@ -35,10 +35,13 @@ def serve(chat_model: Path) -> Serve:
 
     @contextmanager
     def start(
-        *flags: str, env: dict[str, str] | None = None, model: Path = chat_model
+        *flags: str,
+        env: dict[str, str] | None = None,
+        model: Path = chat_model,
+        cwd: Path | None = None,
     ) -> Iterator[LiveServer]:
         strict = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1", **(env or {})}
-        server = LiveServer(model, ["--dtype", "float32", *flags], env=strict)
+        server = LiveServer(model, ["--dtype", "float32", *flags], env=strict, cwd=cwd)
         try:
             server.start()
             yield server

@@ -7,7 +7,9 @@ the instance as ``_krul_config``; its ``__dict__`` is pickled to every child.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from krul_sglang.config import KrulConfig, KrulConfigError, settings
@@ -22,6 +24,9 @@ def add_flags(result: None, parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "Krul", "Keep evicted conversations in host memory, compressed (krul-sglang)."
     )
+    # So that `--krul-host-memory -4GB` reaches our parser, which names value and flag:
+    # argparse takes a value that starts with a dash for an option unless it is a number.
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
     for setting in settings():
         text = setting.help.replace("%", "%%")
         common: dict[str, Any] = {"dest": f"krul_{setting.name}", "default": None, "help": text}
@@ -56,25 +61,43 @@ def read_flags(record: Any, cls: type, namespace: argparse.Namespace) -> Any:
     return record
 
 
-def check_resolved(result: None, record: Any) -> None:
-    """AFTER ``ServerArgs.resolve_once``: refuse what cannot work, before any process starts.
+def check_resolved(original: Callable[[Any], None], record: Any) -> None:
+    """AROUND ``ServerArgs.resolve_once``: refuse what cannot work, before any process starts.
 
     From the command line it ends the process with one line; from
     ``sglang.Engine`` it raises :class:`KrulConfigError`.
     """
     if record.radix_cache_backend != BACKEND or getattr(record, "_krul_checked", False):
-        return
+        return original(record)
     try:
         config = getattr(record, ATTRIBUTE, None)
         if config is None:  # Engine(radix_cache_backend="krul") with KRUL_* names
             config = KrulConfig.from_environment(enabled="1")
             setattr(record, ATTRIBUTE, config)
+        compat.check_input(config, record)
+        try:
+            original(record)
+        except Exception as error:
+            # SGLang rejects some models for a side effect of what Krul refuses them for.
+            _explain(config, record, error)
+            raise
         compat.check_settings(config, record)
     except KrulConfigError as error:
         if getattr(record, FROM_CLI, False):
             stop(error)
         raise
     record._krul_checked = True
+
+
+def _explain(config: KrulConfig, record: Any, error: Exception) -> None:
+    """Raise Krul's own reason for ``error``, if it has one."""
+    try:
+        compat.check_settings(config, record)
+    except KrulConfigError as reason:
+        raise reason from error
+    except Exception:
+        # The half-resolved record cannot even be read: SGLang's error stands.
+        return
 
 
 def stop(error: KrulConfigError) -> None:

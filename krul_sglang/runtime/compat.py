@@ -21,7 +21,9 @@ class Refusal:
     flag: what the operator set, as they would recognise it.
     reason: why it cannot work, in a phrase.
     fix: what to do instead.
-    applies: ``(resolved server args, model config, KrulConfig) -> bool``.
+    applies: ``(server args, model config or None, KrulConfig) -> bool``. Asked twice:
+        with the operator's own values and no model before SGLang resolves them, and
+        with the resolved values and the model after.
     """
 
     flag: str
@@ -42,12 +44,27 @@ def _more_than_one(name: str) -> Predicate:
     return lambda cfg, model, krul: (getattr(cfg, name, None) or 1) > 1
 
 
+def _switched_off_by_sglang(cfg: Any, model: Any, krul: KrulConfig) -> bool:
+    # `_raw_input` is what the operator asked for, kept while SGLang resolves.
+    raw = getattr(cfg, "_raw_input", None)
+    return bool(raw and cfg.disable_radix_cache and not raw["disable_radix_cache"])
+
+
 REFUSALS = (
     Refusal(
         "--disable-radix-cache",
         "without a prefix cache nothing is evicted or matched",
         "drop one of the two flags",
-        _is_set("disable_radix_cache"),
+        lambda cfg, model, krul: (
+            bool(getattr(cfg, "disable_radix_cache", False))
+            and not _switched_off_by_sglang(cfg, model, krul)
+        ),
+    ),
+    Refusal(
+        "--enable-krul",
+        "SGLang itself switches the prefix cache off for this model and these flags",
+        "see its warning above, or serve without --enable-krul",
+        _switched_off_by_sglang,
     ),
     Refusal(
         "--enable-hierarchical-cache",
@@ -92,10 +109,10 @@ REFUSALS = (
         _more_than_one("pp_size"),
     ),
     Refusal(
-        "--enable-dp-attention",
-        "attention data parallelism is not tested",
+        "--attn-dp-size",
+        "attention data parallelism (also --enable-dp-attention) is not tested",
         "use --tp-size or --dp-size alone",
-        lambda cfg, model, krul: (getattr(cfg, "attn_dp_size", None) or 1) > 1,
+        _more_than_one("attn_dp_size"),
     ),
     Refusal(
         "--ep-size",
@@ -114,6 +131,30 @@ REFUSALS = (
         "context parallelism shards a token's KV over ranks",
         "serve without it",
         _more_than_one("attn_cp_size"),
+    ),
+    Refusal(
+        "--enable-kv-cache-sharding",
+        "each rank then holds only a stripe of every page",
+        "serve without it",
+        _is_set("enable_kv_cache_sharding"),
+    ),
+    Refusal(
+        "--enable-hisparse",
+        "hierarchical sparse attention moves KV to the host on its own",
+        "drop one of the two flags",
+        _is_set("enable_hisparse"),
+    ),
+    Refusal(
+        "--enable-pdmux",
+        "multiplexed prefill and decode run a scheduler loop that is not tested",
+        "drop the flag",
+        _is_set("enable_pdmux"),
+    ),
+    Refusal(
+        "--dllm-algorithm",
+        "a diffusion model rewrites the KV of a block until it is final",
+        "serve it without --enable-krul",
+        _is_set("dllm_algorithm"),
     ),
     Refusal(
         "--kv-cache-dtype",
@@ -210,6 +251,16 @@ def refusals(cfg: Any, model: Any, krul: KrulConfig) -> list[Refusal]:
     return [row for row in REFUSALS if row.applies(cfg, model, krul)]
 
 
+def check_input(krul: KrulConfig, record: Any) -> None:
+    """Raise :class:`KrulConfigError` for what the operator's own flags rule out.
+
+    Runs before SGLang resolves them: it would refuse some combinations first, with a
+    traceback that does not mention Krul, or rewrite the flags it derives others from.
+    """
+    check_version()
+    _raise_first(record, None, krul)
+
+
 def check_settings(krul: KrulConfig, record: Any) -> None:
     """Raise :class:`KrulConfigError` for the first row that applies to a resolved record."""
     from sglang.srt.arg_groups.model_override_base import model_config_of
@@ -220,6 +271,10 @@ def check_settings(krul: KrulConfig, record: Any) -> None:
     model = None
     if str(cfg.model_path).lower() not in ("none", "dummy"):
         model = model_config_of(record)
+    _raise_first(cfg, model, krul)
+
+
+def _raise_first(cfg: Any, model: Any, krul: KrulConfig) -> None:
     for row in refusals(cfg, model, krul):
         value = cfg.model_path if row.flag == "--model-path" else _value_of(cfg, row.flag)
         raise KrulConfigError(f"{row.flag}{value_text(value)}: {row.reason}; {row.fix}")

@@ -26,7 +26,7 @@ class Hook:
 HOOKS = (
     Hook("sglang.srt.server_args.ServerArgs.add_cli_args", args.add_flags, "AFTER"),
     Hook("sglang.srt.server_args.ServerArgs.from_cli_args", args.read_flags, "AFTER"),
-    Hook("sglang.srt.server_args.ServerArgs.resolve_once", args.check_resolved, "AFTER"),
+    Hook("sglang.srt.server_args.ServerArgs.resolve_once", args.check_resolved, "AROUND"),
     Hook(
         "sglang.srt.managers.scheduler_components.internal_state."
         "SchedulerInternalStateController.get_internal_state",

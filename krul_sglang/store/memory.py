@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from krul_sglang.codec.base import Codec, CodecError, KVRun, KVSpec, SegmentReader
+from krul_sglang.store.heap import return_freed_memory
 from krul_sglang.store.ledger import Ledger
 from krul_sglang.store.segment import Segment, SegmentState
 from krul_sglang.store.slots import slot_ids, slot_runs
@@ -141,6 +142,9 @@ class MemoryStore:
                 logger.exception("segment %d could not be encoded; kept raw", segment.id)
                 with self._lock:
                     self._stop_waiting(segment)
+            del segment
+            if self._queue.empty():
+                return_freed_memory()
 
     def _stop_waiting(self, segment: Segment) -> None:
         """Under the lock: whatever became of the segment, it is waited for no longer."""
@@ -251,6 +255,7 @@ class MemoryStore:
                 self.ledger.add("index", -segment.index_bytes)
             self._segments.clear()
             self.lost_count = 0
+        return_freed_memory()
 
     def close(self) -> None:
         """Drop everything and stop the worker."""

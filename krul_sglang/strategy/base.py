@@ -11,10 +11,14 @@ class Strategy:
 
     codec: name of the codec in :mod:`krul_sglang.codec.registry`.
     budget: mean KL in nats that the restored segment may add; 0 for exact codecs.
+    classes: how much each token matters, one byte each: 0 the most, 3 the least.
+        ``tokens`` bytes (the same for all layers) or ``layers * tokens``; empty lets
+        the codec judge from the keys.
     """
 
     codec: str
     budget: float = 0.0
+    classes: bytes = b""
 
 
 EXACT = Strategy(codec="lossless")

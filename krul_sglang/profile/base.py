@@ -1,0 +1,102 @@
+"""The profile: what calibration knows about one model (and one rank of it).
+
+Coordinates: ``x`` of a token and layer is its pre-RoPE K and its V side by side,
+``[kv_heads * head_dim + kv_heads * v_head_dim]``. All tensors are float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from krul_sglang.codec.base import KVSpec
+from krul_sglang.profile.rope import Rope
+
+
+class ProfileError(ValueError):
+    """A profile that does not belong to this model, or is damaged; says what differs."""
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """How one layer is predicted from the rebuilt layer below and what is left of it.
+
+    prediction = ``bias + x_below @ down @ up``; coefficients of the residual
+    = ``(x - prediction) @ forward``; rebuilt = ``prediction + coefficients @ inverse``.
+
+    bias: ``[dim]``; down: ``[dim, rank]``; up: ``[rank, dim]``; rank 0 in layer 0.
+    forward: ``[dim, n]``; inverse: ``[n, dim]``, whitened by the importance metric, so
+        that one step fits all coefficients of all layers.
+    sigma: ``[n]`` standard deviation of the coefficients, falling.
+    token: ``[dim + 1]`` weights (the last one constant): the log importance of a
+        token in this layer, 0 on average.
+    """
+
+    bias: torch.Tensor
+    down: torch.Tensor
+    up: torch.Tensor
+    forward: torch.Tensor
+    inverse: torch.Tensor
+    sigma: torch.Tensor
+    token: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Maps of every layer, the rotation to undo, and what a step costs.
+
+    fingerprint: names what the profile was made from; compared on loading.
+    curve: ``(step, mean KL in nats)``, both rising, measured on held-out text.
+    """
+
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    rope: Rope
+    layers: Sequence[LayerMaps]
+    curve: Sequence[tuple[float, float]]
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def id(self) -> str:
+        """Hash of everything a payload depends on; payloads carry it."""
+        digest = hashlib.sha256()
+        digest.update(repr((self.kv_heads, self.head_dim, self.v_head_dim)).encode())
+        digest.update(self.rope.inv_freq.numpy().tobytes() + repr(self.rope.scale).encode())
+        for maps in self.layers:
+            for tensor in vars(maps).values():
+                digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def step_for(self, budget: float) -> float:
+        """The step that costs ``budget`` nats of mean KL; log-log between measured points."""
+        if not budget > 0:
+            raise ValueError(f"a budget of {budget} nats; only exact codecs serve 0")
+        points = [(math.log(kl), math.log(step)) for step, kl in self.curve]
+        want = math.log(budget)
+        pairs = list(itertools.pairwise(points))
+        (x0, y0), (x1, y1) = next((p for p in pairs if want <= p[1][0]), pairs[-1])
+        # Outside what was measured the end segments go on, but at most a factor e
+        # of KL: beyond that a straight line is a guess.
+        want = min(max(want, points[0][0] - 1), points[-1][0] + 1)
+        return math.exp(y0 + (want - x0) * (y1 - y0) / (x1 - x0))
+
+    def check_spec(self, spec: KVSpec) -> None:
+        """Raise :class:`ProfileError` unless the profile is for KV of this shape."""
+        found = {
+            "layers": len(self.layers),
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "v_head_dim": self.v_head_dim,
+        }
+        for name, value in found.items():
+            if value != getattr(spec, name):
+                raise ProfileError(
+                    f"profile is for {name} {value}, the model has {getattr(spec, name)}"
+                )

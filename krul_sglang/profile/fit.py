@@ -1,0 +1,145 @@
+"""From sampled KV and its importance to the maps of a profile.
+
+Each layer is regressed on the *rebuilt* layer below (closed loop: what the decoder
+will have), the prediction is cut to the rank that shows at the step in use, and the
+residual gets its principal axes (KLT) in the importance metric. In that metric a
+unit of error costs the same everywhere, so one step serves all coefficients and the
+sensitivities of the layers need no table of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from krul_sglang.profile.base import LayerMaps
+
+SHRINK = 1.0
+"""Weight of the isotropic part of a metric, against its sampled mean eigenvalue."""
+RIDGE = 3e-3
+RANK_FLOOR = 0.25
+"""Predicted components whose deviation is below this share of a step are cut."""
+FINEST = 0.15
+"""Coefficients below this share of the finest step (a quarter of the nominal) are cut."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """x: ``[layers, tokens, dim]`` pre-RoPE K beside V; g: gradients ``[draws, layers,
+    tokens, dim]`` in the same coordinates; keys: how many of ``dim`` are K."""
+
+    x: torch.Tensor
+    g: torch.Tensor
+    keys: int
+
+
+def metrics(samples: Sequence[Samples], layer: int) -> torch.Tensor:
+    """Importance ``[dim, dim]`` float64 of one layer, K and V apart; units nats a token."""
+    dim, keys = samples[0].x.shape[-1], samples[0].keys
+    out = torch.zeros(dim, dim, dtype=torch.float64)
+    count = 0
+    for sample in samples:
+        g = sample.g[:, layer].reshape(-1, dim).float()
+        count += g.shape[0]
+        for part in (slice(0, keys), slice(keys, dim)):
+            out[part, part] += (g[:, part].T @ g[:, part]).double()
+    return out / count
+
+
+def _root(metric: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Square root of the shrunken metric and its inverse, both float64."""
+    root, inverse = torch.zeros_like(metric), torch.zeros_like(metric)
+    for part in (slice(0, keys), slice(keys, len(metric))):
+        block = metric[part, part]
+        level = block.diagonal().mean().clamp_min(1e-30)
+        block = block + SHRINK * level * torch.eye(len(block), dtype=block.dtype)
+        values, axes = torch.linalg.eigh(block)
+        root[part, part] = axes * values.sqrt() @ axes.T
+        inverse[part, part] = axes * values.rsqrt() @ axes.T
+    return root, inverse
+
+
+def _axes(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standard deviations, falling, and principal axes in columns."""
+    values, axes = torch.linalg.eigh(covariance)
+    return values.flip(0).clamp_min(0).sqrt(), axes.flip(1)
+
+
+def _regress(below: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centred ridge regression: ``[dim, dim]`` map and ``[dim]`` bias, float64."""
+    mean_b, mean_x = below.mean(0), x.mean(0)
+    r = below - mean_b
+    gram = (r.T @ r).double()
+    gram += torch.diag(RIDGE * gram.diagonal().clamp_min(1e-12))
+    weights = torch.linalg.solve(gram, (r.T @ (x - mean_x)).double())
+    return weights, mean_x.double() - mean_b.double() @ weights
+
+
+def _token_weights(
+    samples: Sequence[Samples], layer: int, inverse: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    """Linear guess of a token's log importance from its K and V, ``[dim + 1]``."""
+    energy = torch.cat(
+        [(s.g[:, layer].float() @ inverse.T).square().sum(-1).mean(0) for s in samples]
+    )
+    y = (energy + 1e-3 * energy.mean() + 1e-30).log()
+    y = y - y.mean()
+    mean = x.mean(0)
+    r = x - mean
+    gram = (r.T @ r).double()
+    gram += torch.diag(0.1 * gram.diagonal().clamp_min(1e-12))
+    weights = torch.linalg.solve(gram, (r.T @ y[:, None]).double())[:, 0].float()
+    return torch.cat([weights, -(mean @ weights)[None]])
+
+
+def fit(
+    samples: Sequence[Samples],
+    step: float,
+    rounding: float,
+    on_layer: Callable[[int], None] | None = None,
+) -> tuple[list[LayerMaps], float]:
+    """Maps of all layers at a nominal ``step``, and the mean KL (nats) that the metric
+    predicts for it on the samples themselves, a history of their length being restored.
+
+    rounding: what is added before truncation when quantizing (0.5 = nearest).
+    """
+    layers, _, dim = samples[0].x.shape
+    history = sum(s.x.shape[1] for s in samples) / len(samples)
+    out: list[LayerMaps] = []
+    kl = 0.0
+    rebuilt: torch.Tensor | None = None
+    for layer in range(layers):
+        x = torch.cat([s.x[layer] for s in samples]).float()
+        metric = metrics(samples, layer)
+        root, unroot = _root(metric, samples[0].keys)
+        if rebuilt is None:
+            bias = x.mean(0).double()
+            down, up = torch.zeros(dim, 0), torch.zeros(0, dim)
+        else:
+            weights, bias = _regress(rebuilt, x)
+            spread = rebuilt - rebuilt.mean(0)
+            seen = weights @ root
+            deviation, axes = _axes(seen.T @ ((spread.T @ spread).double() / len(x)) @ seen)
+            axes = axes[:, : max(1, int((deviation > RANK_FLOOR * step).sum()))]
+            down, up = (seen @ axes).float(), (axes.T @ unroot).float()
+            # What the cut components added on average goes into the bias.
+            full = rebuilt.mean(0).double() @ weights
+            bias = bias + full - (rebuilt.mean(0) @ down @ up).double()
+        predicted = bias.float() + (rebuilt @ down @ up if rebuilt is not None else 0)
+        y = (x - predicted) @ root.float()
+        sigma, axes = _axes((y.T @ y).double() / len(y))
+        keep = max(1, int((sigma > FINEST * step / 4).sum()))
+        forward = (root @ axes[:, :keep]).float()
+        inverse = (axes[:, :keep].T @ unroot).float()
+        coefficients = (x - predicted) @ forward / step
+        whole = coefficients.sign() * (coefficients.abs() + rounding).floor()
+        rebuilt = predicted + whole @ inverse * step
+        error = rebuilt - x
+        kl += 0.5 * history * float(((error @ metric.float()) * error).sum(1).mean())
+        token = _token_weights(samples, layer, inverse, x)
+        out.append(LayerMaps(bias.float(), down, up, forward, inverse, sigma[:keep].float(), token))
+        if on_layer:
+            on_layer(layer)
+    return out, kl

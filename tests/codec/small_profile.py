@@ -1,0 +1,54 @@
+"""A profile fitted in a second on layers that are linear in each other, plus noise."""
+
+from __future__ import annotations
+
+import torch
+
+from krul_sglang.codec.base import KVRun, KVSpec
+from krul_sglang.codec.predictive import ROUNDING
+from krul_sglang.profile.base import Profile
+from krul_sglang.profile.fit import Samples, fit
+from krul_sglang.profile.rope import Rope
+
+LAYERS, HEADS, DIM = 5, 2, 8
+WIDTH = 2 * HEADS * DIM
+ROPE = Rope(10000.0 ** (-torch.arange(0, DIM, 2, dtype=torch.float32) / DIM))
+
+
+def spec_of(dtype: str) -> KVSpec:
+    return KVSpec(LAYERS, HEADS, DIM, DIM, dtype)
+
+
+def _layers(tokens: int, seed: int) -> torch.Tensor:
+    fixed = torch.Generator().manual_seed(1)
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, WIDTH, generator=gen)
+    out = [x]
+    for _ in range(LAYERS - 1):
+        step = torch.randn(WIDTH, WIDTH, generator=fixed) / WIDTH**0.5
+        x = x @ step + 0.2 * torch.randn(tokens, WIDTH, generator=gen)
+        out.append(x)
+    return torch.stack(out)
+
+
+def make_profile() -> Profile:
+    gen = torch.Generator().manual_seed(2)
+    weight = torch.rand(WIDTH, generator=gen) + 0.1
+    samples = [
+        Samples(_layers(400, seed), torch.randn(1, LAYERS, 400, WIDTH, generator=gen) * weight, 16)
+        for seed in (3, 4)
+    ]
+    maps, _ = fit(samples, 0.1, ROUNDING)
+    return Profile(HEADS, DIM, DIM, ROPE, maps, [(0.05, 0.001), (0.1, 0.01), (0.2, 0.05)])
+
+
+def make_run(tokens: int, seed: int, dtype: str, start: int = 0) -> KVRun:
+    x = _layers(tokens, seed)
+    k, v = x[..., : HEADS * DIM], x[..., HEADS * DIM :]
+    tables = ROPE.tables(start, tokens)
+    k = torch.stack([ROPE.apply(layer.unflatten(1, (HEADS, DIM)), tables) for layer in k])
+    kind = getattr(torch, dtype)
+    return KVRun(k.to(kind), v.unflatten(2, (HEADS, DIM)).to(kind), start)
+
+
+PROFILE = make_profile()

@@ -72,7 +72,7 @@ def talk() -> Callable[..., list[list[dict[str, Any]]]]:
         *,
         conversations: int = 3,
         turns: int = 3,
-        first: int = 60,
+        first: int = 80,
         more: int = 20,
         answer: int = 6,
         seed: int = 3,

@@ -54,7 +54,8 @@ _SIZE_UNITS = {
 
 def parse_size(text: str) -> int:
     """Bytes from ``4GB``, ``512MiB``, ``1.5e9``. Raises ValueError."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e\+?[0-9]+)?)\s*([a-zA-Z]*)\s*", str(text))
+    number = r"[0-9]+\.?[0-9]*|\.[0-9]+"
+    match = re.fullmatch(rf"\s*((?:{number})(?:e\+?[0-9]+)?)\s*([a-zA-Z]*)\s*", str(text))
     unit = match.group(2).lower() if match else None
     if match is None or unit not in _SIZE_UNITS:
         raise ValueError("a size such as 4GB, 512MiB or a number of bytes")
@@ -192,6 +193,9 @@ class KrulConfig:
         for setting in settings():
             planned = PLANNED.get(setting.name)
             value = getattr(self, setting.name)
+            if value is not None or setting.default is not None:
+                value = setting.parse_value(value, source=setting.flag)
+                object.__setattr__(self, setting.name, value)
             if isinstance(planned, str) and value != setting.default:
                 raise KrulConfigError(f"{setting.flag}={value}: {planned}")
             if isinstance(planned, dict) and value in planned:

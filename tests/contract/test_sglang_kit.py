@@ -14,6 +14,7 @@ from array import array
 from dataclasses import replace
 
 import pytest
+from sglang.srt.arg_groups.choices import RADIX_EVICTION_POLICY_CHOICES
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
@@ -267,7 +268,7 @@ class KitCase(UnifiedRadixCacheFixtures, CustomTestCase):
             self.idle(cache, allocator)
 
     def test_every_eviction_policy_stores_and_restores(self) -> None:
-        for policy in ("lru", "lfu", "fifo", "mru", "filo", "priority", "slru"):
+        for policy in RADIX_EVICTION_POLICY_CHOICES:
             with self.subTest(policy):
                 cache, allocator, pool = self.build(
                     replace(FULL_CONFIGS[0], eviction_policy=policy)

@@ -5,6 +5,7 @@ every phase, while nodes are evicted, stored payloads damaged and the cache flus
 """
 
 import random
+from collections import Counter
 
 import pytest
 from kv_oracle import ROUNDING
@@ -15,7 +16,7 @@ from krul_sglang.store.segment import SegmentState
 END = 9  # the token that ends a turn
 SYSTEM = [*range(1000, 1012), END]
 SEEDS = 200
-QUICK = 12
+QUICK = 25  # of each of eight rigs: 200 interleavings in the normal run
 FAMILIES = {
     "lossless": {},
     "lossy": {"lossy": ROUNDING, "turn_ends": [END]},
@@ -36,19 +37,9 @@ class Life:
         self.done: dict[str, int] = {}
 
     def step(self) -> None:
-        steps = [
-            (6, self.arrive),
-            (12, self.go_on),
-            (1, self.drop_waiting),
-            (2, self.abort),
-            (1, self.retract),
-            (3, self.evict),
-            (1, self.damage),
-            (0.3, self.flush),
-        ]
-        weights, calls = zip(*steps, strict=True)
+        weights, calls = zip(*self.steps, strict=True)
         call = self.rng.choices(calls, weights)[0]
-        if call():
+        if call(self):
             self.done[call.__name__] = self.done.get(call.__name__, 0) + 1
         self.rig.check()
         held = self.rig.krul.store.ledger.snapshot()
@@ -153,6 +144,18 @@ class Life:
         self.waiting = [r for r in self.waiting if self.rig.match(r) == 0]
         return True
 
+    # Weight and step; a step says whether it had anything to do.
+    steps = (
+        (6, arrive),
+        (12, go_on),
+        (1, drop_waiting),
+        (2, abort),
+        (1, retract),
+        (3, evict),
+        (1, damage),
+        (0.3, flush),
+    )
+
 
 def live(rig: Rig, seed: int, steps: int = 60) -> dict[str, int]:
     life = Life(rig, seed)
@@ -169,14 +172,16 @@ def live(rig: Rig, seed: int, steps: int = 60) -> dict[str, int]:
 def test_interleavings(make_rig, family: str, page_size: int) -> None:
     """A few seeds of each family; the counters show that the run met what it is about."""
     restored = lost = 0
+    done: Counter[str] = Counter()
     for seed in range(QUICK):
         rig = make_rig(page_size, **FAMILIES[family])
-        live(rig, seed)
+        done.update(live(rig, seed))
         restored += rig.krul.counters.restored_tokens
         lost += rig.krul.store.stats.lost_segments
         rig.close()
     assert restored > 0
     assert lost > 0 or family != "lossless"
+    assert done.keys() == {step.__name__ for _, step in Life.steps}, "a kind of step never ran"
 
 
 @pytest.mark.long

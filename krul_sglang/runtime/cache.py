@@ -335,7 +335,7 @@ class KrulRadixCache(UnifiedRadixCache):
         """
         store = self.krul.store
         needed = nbytes + tokens * SLOT_BYTES + RECORD_BYTES
-        if max(self._agree([needed])) > store.ledger.limit:
+        if self._agree([needed - store.ledger.limit])[0] > 0:
             return False
         fits = store.wait_for_staging(nbytes, STAGING_WAIT_SECONDS)
         if self._agree([not fits])[0]:

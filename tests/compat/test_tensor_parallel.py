@@ -1,0 +1,41 @@
+"""Tensor parallelism: two ranks evict and restore alike, each its own heads."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+pytestmark = pytest.mark.server
+
+PLAIN = ("--skip-tokenizer-init",)
+
+
+def test_two_ranks_restore_exactly(serve, tiny, talk, host_hits):
+    """Token ids equal those of a prefill with nothing cached; SGLang's rank check stays quiet."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("two ranks on a CPU need two cores")
+    env = {
+        "SGLANG_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[1]}",
+        # Compares, in every step, what the ranks decided; a difference ends the server.
+        "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1",
+    }
+    model = tiny("qwen2", 64, 2, "default", kv_heads=2)
+    krul = ("--enable-krul", "--krul-policy", "lossless", "--max-total-tokens", "192")
+    with serve(*PLAIN, *krul, "--tp-size", "2", model=model, env=env) as server:
+        done = talk(server)
+        state = server.krul()
+        for past in done:
+            for turn in past:
+                server.flush()
+                fresh = server.generate(turn["prompt"], len(turn["output_ids"]))
+                assert fresh["meta_info"]["cached_tokens"] == 0
+                assert fresh["output_ids"] == turn["output_ids"]
+        log = server.log.read_text(errors="replace")
+    for past in done:
+        for turn in past[1:]:
+            assert host_hits(turn) >= turn["before"] // 2
+    assert state["restored_tokens"] == host_hits(done)
+    assert state["protected_tokens"] == state["lost_segments"] == state["dropped_tokens"] == 0
+    assert "mismatch" not in log.lower()

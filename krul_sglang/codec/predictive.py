@@ -203,24 +203,31 @@ def _encode_layer(
     """Symbols ``[tokens by class, width]`` int32, the rebuilt layer, tokens of each class."""
     order = torch.from_numpy(np.argsort(classes, kind="stable"))
     count = np.bincount(classes, minlength=len(FACTORS))
-    predicted = _predict(below, plan.maps, order)
-    inverse = plan.maps.inverse[: plan.width]
-    c = (x[order] - predicted) @ plan.maps.forward[:, : plan.width]
-    scale = torch.from_numpy(np.repeat(np.array(FACTORS, np.float32) * np.float32(step), count))
-    c /= scale[:, None]
-    c += ROUNDING * c.sign()
-    end = 0
-    for bounds, tokens in zip(plan.bounds, count, strict=True):
-        end += int(tokens)
-        c[end - int(tokens) : end, bounds[0] :] = 0
-    c.trunc_()
-    if c.numel() and not bool(c.abs().max() < 2**24):
-        raise ValueError("values too far from what the profile predicts")
-    symbols = c.to(torch.int32).numpy()
-    c *= scale[:, None]
-    rebuilt = torch.empty_like(x)
-    rebuilt[order] = predicted.addmm_(c, inverse)
+    rows = _predict(below, plan.maps, order)
+    residual = x[order].sub_(rows)
+    symbols = np.zeros((len(x), plan.width), np.int32)
+    for c, begin, end in _slabs(count):
+        width, scale = plan.bounds[c][0], step * FACTORS[c]
+        y = (residual[begin:end] @ plan.maps.forward[:, :width]).mul_(1 / scale).numpy()
+        if y.size and not max(float(y.max()), -float(y.min())) < 2**24:
+            raise ValueError("values too far from what the profile predicts")
+        y += np.copysign(np.float32(ROUNDING), y)
+        whole = y.astype(np.int32)  # towards zero
+        symbols[begin:end, :width] = whole
+        y[...] = whole
+        rows[begin:end].addmm_(torch.from_numpy(y), plan.maps.inverse[:width], alpha=scale)
+    rebuilt = residual  # its memory is free now
+    rebuilt[order] = rows
     return symbols, rebuilt, count
+
+
+def _slabs(count: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """``(class, begin, end)`` of the tokens of each class that occurs."""
+    end = 0
+    for c, tokens in enumerate(count.tolist()):
+        begin, end = end, end + tokens
+        if tokens:
+            yield c, begin, end
 
 
 def _predict(below: torch.Tensor | None, maps: LayerMaps, order: torch.Tensor) -> torch.Tensor:
@@ -322,23 +329,28 @@ class _PredictiveReader(SegmentReader):
                 _unpack_classes(np.frombuffer(raw, np.uint8, packed, i * packed), self._coded)
                 for i in range(b - a)
             ]
-            coefficients = self._dequantize(plans[a:b], classes, raw, packed * (b - a))
-            for plan, own, c in zip(plans[a:b], classes, coefficients, strict=True):
+            coefficients = self._symbols(plans[a:b], classes, raw, packed * (b - a))
+            for plan, own, symbols in zip(plans[a:b], classes, coefficients, strict=True):
                 order = np.argsort(own, kind="stable")
+                count = np.bincount(own[lo:hi], minlength=len(FACTORS))
                 if (lo, hi) != (0, self._coded):
                     chosen = np.flatnonzero((order >= lo) & (order < hi))
-                    order, c = order[chosen] - lo, np.ascontiguousarray(c[:, chosen])
+                    order, symbols = order[chosen] - lo, np.ascontiguousarray(symbols[:, chosen])
                 index = torch.from_numpy(order)
                 rows = _predict(below, plan.maps, index)
-                rows.addmm_(torch.from_numpy(c).T, plan.maps.inverse[: plan.width])
+                y = torch.from_numpy(symbols).T
+                for c, begin, end in _slabs(count):
+                    width, scale = plan.bounds[c][0], self._step * FACTORS[c]
+                    inverse = plan.maps.inverse[:width]
+                    rows[begin:end].addmm_(y[begin:end, :width], inverse, alpha=scale)
                 below = torch.empty_like(rows)
                 below[index] = rows
                 yield below
 
-    def _dequantize(
+    def _symbols(
         self, plans: Sequence[_Plan], classes: Sequence[np.ndarray], raw: bytes, at: int
     ) -> list[np.ndarray]:
-        """Coefficients ``[width, tokens by class]`` float32 of a group's layers."""
+        """Symbols ``[width, tokens by class]`` float32 of a group's layers."""
         counts = [np.bincount(own, minlength=len(FACTORS)) for own in classes]
         bins: list[tuple[np.ndarray, list[_Cell], np.ndarray, np.ndarray]] = []
         for index, alphabet in enumerate(ALPHABETS):
@@ -358,7 +370,6 @@ class _PredictiveReader(SegmentReader):
             raise CodecError("a frame's overflow differs from what its symbols imply")
         extra = np.frombuffer(raw, np.uint8, over, at).astype(np.float32)
         extra += np.frombuffer(raw, np.uint8, over, at + over).astype(np.float32) * 256
-        scales = np.array(FACTORS, np.float32) * np.float32(self._step)
         out = [np.zeros((plan.width, self._coded), np.float32) for plan in plans]
         for values, cells, edge, sign in bins:
             values[edge] += extra[: len(edge)] * sign
@@ -367,6 +378,6 @@ class _PredictiveReader(SegmentReader):
             for cell in cells:
                 slab = values[begin : begin + cell.symbols].reshape(cell.last - cell.first, -1)
                 target = out[cell.layer][cell.first : cell.last, cell.begin : cell.end]
-                np.multiply(slab, scales[cell.token_class], out=target)
+                target[...] = slab
                 begin += cell.symbols
         return out

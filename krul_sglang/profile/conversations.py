@@ -1,0 +1,119 @@
+"""The texts a profile is calibrated on when the operator gives none.
+
+The model answers the questions below itself: what it generates is what its own KV
+cache will hold in service. Long technical text that ships with Python
+(``pydoc_data.topics``) is added, so that the maps also see tokens no assistant
+would produce. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+OPENINGS: tuple[tuple[str, ...], ...] = (
+    ("Explain how a bicycle stays upright.", "What changes at very low speed?"),
+    ("Write a short story about a lighthouse keeper.", "Continue it the next morning."),
+    ("Write a Python function that merges two sorted lists.", "Now add tests for it."),
+    ("Plan a three day trip to a mountain village.", "It will rain. Change the plan."),
+    ("What causes inflation?", "How does a central bank respond, step by step?"),
+    ("I feel nervous about a job interview.", "Give me five questions they may ask."),
+    ("Summarize the history of the printing press.", "Make a table of the main dates."),
+    ("How do I cook lentil soup?", "Turn it into a shopping list for eight people."),
+    ("Describe how photosynthesis works.", "Explain it again to a ten year old."),
+    ("Write a polite email asking for a refund.", "Make it shorter and firmer."),
+    ("Compare SQL and document databases.", "Which one fits a small web shop, and why?"),
+    ("Tell me about the planet Jupiter.", "How large are its moons in kilometres?"),
+    ("Hi! How was your weekend?", "Mine was fine, I went hiking with my sister."),
+    ("Solve 3x + 7 = 25 and show the steps.", "And what about 2x^2 - 8 = 0?"),
+    ("Write a poem about the sea in autumn.", "Translate the first verse to French."),
+    ("What are the rules of chess?", "Explain castling and give an example."),
+    ("Give me advice on learning the guitar.", "Make a practice schedule for a month."),
+    ("How does public key encryption work?", "Where could an attacker still get in?"),
+    ("Write a dialogue between a baker and a customer.", "Let them argue about the price."),
+    ("List ten uses for an old newspaper.", "Which of them are good for a garden?"),
+    ("What is the difference between a virus and a bacterium?", "Who discovered them?"),
+    ("Draft a contract clause about late delivery.", "Explain it in plain words."),
+    ("Recommend some books about the sea.", "What is the second one about?"),
+    ("My laptop does not turn on. What should I check?", "The light blinks. And now?"),
+)
+BATCH = 12
+"""Conversations that are generated together."""
+
+
+def technical_texts(count: int, chars: int = 8000) -> list[str]:
+    """``count`` long excerpts of the Python language reference, the longest topics first."""
+    from pydoc_data.topics import topics
+
+    longest = sorted(topics, key=lambda name: (-len(topics[name]), name))
+    return [topics[name][:chars] for name in longest[:count]]
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[dict[str, str]], answer: bool) -> list[int]:
+    """Token ids of a conversation, through the chat template where there is one.
+
+    answer: end with the opening of an assistant turn.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        encoded = tokenizer.apply_chat_template(
+            list(messages), tokenize=True, add_generation_prompt=answer, return_dict=True
+        )
+        return list(encoded["input_ids"])
+    text = "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
+    return list(tokenizer(text + ("\n\nassistant:" if answer else ""))["input_ids"])
+
+
+@torch.no_grad()
+def generate_conversations(
+    model: Any,
+    tokenizer: Any,
+    count: int,
+    answer_tokens: int,
+    on_step: Callable[[float], None] | None = None,
+) -> list[list[dict[str, str]]]:
+    """``count`` conversations: a question, the answer sampled from ``model``, the next question.
+
+    answer_tokens: longest answer. on_step: called with the fraction done. One answer
+    a conversation: a decoding step's time grows with what is cached, and the end of one
+    conversation is followed by the next one anyway.
+    """
+    chats: list[list[dict[str, str]]] = []
+    for first in range(0, count, BATCH):
+        openings = [OPENINGS[i % len(OPENINGS)] for i in range(first, min(count, first + BATCH))]
+        asked = [[{"role": "user", "content": question}] for question, _ in openings]
+        rows = [chat_ids(tokenizer, chat, answer=True) for chat in asked]
+        answers = _sample(model, tokenizer, rows, answer_tokens, seed=first)
+        for chat, answer, (_, following) in zip(asked, answers, openings, strict=True):
+            chat.append({"role": "assistant", "content": answer})
+            chat.append({"role": "user", "content": following})
+        chats += asked
+        if on_step:
+            on_step(len(chats) / count)
+    return chats
+
+
+def _sample(
+    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], limit: int, seed: int
+) -> list[str]:
+    """One sampled continuation per row, all rows in one left-padded batch."""
+    width = max(len(row) for row in rows)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(list(row))
+        mask[i, width - len(row) :] = 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=0.8,
+            top_k=40,
+            max_new_tokens=limit,
+            pad_token_id=pad,
+        )
+    return [tokenizer.decode(row[width:], skip_special_tokens=True) for row in out]

@@ -1,0 +1,83 @@
+"""Teacher-forced forward passes over a given KV cache, with the model's own code.
+
+transformers runs the model; the KV handed in and out is the layout of
+:class:`krul_sglang.codec.base.KVRun`. float32 throughout, so that what is measured is
+the codec and not the arithmetic.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Per continuation position, full cache against restored cache.
+
+    kl: ``[n]`` nats, KL(full || restored) of the next-token distributions.
+    top1: ``[n]`` bool, whether both put the same token first.
+    nll: ``[n - 1]`` nats, restored minus full negative log-likelihood of the text.
+    """
+
+    kl: torch.Tensor
+    top1: torch.Tensor
+    nll: torch.Tensor
+
+
+def load_model(model_dir: str | Path) -> tuple[Any, Any]:
+    """The model in float32 and its tokenizer, from local files only."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32)
+    model.requires_grad_(False)
+    return model.eval(), AutoTokenizer.from_pretrained(str(model_dir))
+
+
+@torch.no_grad()
+def history_kv(model: Any, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(k, v)`` of the tokens, ``[layers, tokens, kv_heads, dim]`` float32, k post-RoPE."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    model(torch.tensor([list(ids)]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    layers: list[Any] = list(cache.layers)
+    k = torch.stack([layer.keys[0].transpose(0, 1) for layer in layers])
+    v = torch.stack([layer.values[0].transpose(0, 1) for layer in layers])
+    return k, v
+
+
+def continuation_logits(
+    model: Any, k: torch.Tensor, v: torch.Tensor, ids: Sequence[int]
+) -> torch.Tensor:
+    """Next-token logits ``[len(ids), vocab]`` of ``ids`` fed after the cache ``(k, v)``.
+
+    Differentiable in ``k`` and ``v`` where autograd is on.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for layer in range(k.shape[0]):
+        cache.update(
+            k[layer].transpose(0, 1)[None].float(), v[layer].transpose(0, 1)[None].float(), layer
+        )
+    return model(torch.tensor([list(ids)]), past_key_values=cache, use_cache=True).logits[0]
+
+
+def divergence(full: torch.Tensor, restored: torch.Tensor, ids: Sequence[int]) -> Divergence:
+    """Compare two ``[n, vocab]`` logits of the same teacher-forced ``ids``."""
+    p, q = full.log_softmax(-1), restored.log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    following = torch.tensor(list(ids))[1:, None]
+    nll = (p[:-1].gather(1, following) - q[:-1].gather(1, following))[:, 0]
+    return Divergence(kl, full.argmax(-1) == restored.argmax(-1), nll)

@@ -1,0 +1,85 @@
+"""Calibration of a tiny random model of each family: it runs, and the profile serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from krul_sglang.codec.base import KVRun, KVSpec
+from krul_sglang.codec.predictive import PredictiveCodec
+from krul_sglang.profile.base import ProfileError
+from krul_sglang.profile.calibrate import calibrate
+from krul_sglang.profile.file import fingerprint, load_profile
+from krul_sglang.quality.forward import history_kv, load_model
+from krul_sglang.strategy.base import Strategy
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 4096,
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=None, head_dim=8),
+}
+TEXTS = ["".join(chr(33 + (i * i + s) % 90) for i in range(1000)) for s in range(5)]
+
+
+def save_model(root: Path, family: str) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIGS[family]()).save_pretrained(root)
+    vocab = {chr(i): i for i in range(128)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="\0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="\0").save_pretrained(root)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_model_of_each_family(family: str, tmp_path: Path) -> None:
+    save_model(tmp_path, family)
+    stages: list[tuple[str, float]] = []
+    out = tmp_path / "profile.safetensors"
+    made = calibrate(tmp_path, TEXTS, out, lambda *stage: stages.append(stage))
+    assert stages[-1] == ("measuring", pytest.approx(1.0))
+    assert [share for _, share in stages] == sorted(share for _, share in stages)
+    profile = load_profile(out, fingerprint(tmp_path))
+    assert profile.id == made.id
+    assert [kl for _, kl in profile.curve] == sorted(kl for _, kl in profile.curve)
+    model, _ = load_model(tmp_path)
+    k, v = history_kv(model, [5 + i % 90 for i in range(200)])
+    spec = KVSpec(k.shape[0], k.shape[2], k.shape[3], v.shape[3], "float32")
+    payload = PredictiveCodec(spec, profile).encode(KVRun(k, v, 0), Strategy("predictive", 0.01))
+    assert len(payload) * 4 < k.nbytes + v.nbytes
+
+
+def test_a_rank_gets_its_own_heads(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama")
+    ranks = [calibrate(tmp_path, TEXTS, None, tp_rank=r, tp_size=2) for r in range(2)]
+    assert [p.kv_heads for p in ranks] == [1, 1]
+    assert ranks[0].id != ranks[1].id
+    assert ranks[1].fingerprint["tp_rank"] == "1"
+
+
+def test_too_little_text_is_said(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama")
+    with pytest.raises(ProfileError, match="3 are needed"):
+        calibrate(tmp_path, TEXTS[:1], None)

@@ -63,7 +63,7 @@ def doctor(
         Path | None, typer.Option(help="Also check whether this model can be served.")
     ] = None,
 ) -> None:
-    """Check this installation; one line a check, with the fix. Exit code 1 if serving would fail."""
+    """Check this installation, one line a check, with the fix; exit code 1 if it cannot serve."""
     from krul_sglang.doctor import run
 
     raise typer.Exit(run(model))

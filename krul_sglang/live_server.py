@@ -5,6 +5,7 @@ Only the command line and HTTP are used, so nothing here imports sglang.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -126,7 +127,8 @@ class LiveServer:
                     )
                 if time.monotonic() - began > self._ready_seconds:
                     raise ServerFailedError(
-                        f"the server was not ready after {self._ready_seconds:.0f} s:\n{self.tail()}"
+                        f"the server was not ready after {self._ready_seconds:.0f} s:\n"
+                        f"{self.tail()}"
                     )
                 if progress is not None:
                     progress(time.monotonic() - began)
@@ -194,10 +196,8 @@ class LiveServer:
                 except subprocess.TimeoutExpired:
                     continue
             # Children that ignored the first signal keep the group alive.
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait(5)
             self.process = None
         if self._work is not None:

@@ -7,6 +7,7 @@ the instance as ``_krul_config``; its ``__dict__`` is pickled to every child.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -38,11 +39,13 @@ def add_flags(result: None, parser: argparse.ArgumentParser) -> None:
 
 def read_flags(record: Any, cls: type, namespace: argparse.Namespace) -> Any:
     """AFTER ``ServerArgs.from_cli_args``: parse, validate, select the backend."""
-    values = {s.name: getattr(namespace, f"krul_{s.name}", None) for s in settings()}
+    values: dict[str, Any] = {
+        s.name: getattr(namespace, f"krul_{s.name}", None) for s in settings()
+    }
     try:
         if record.radix_cache_backend == BACKEND:
             values["enabled"] = "1"
-        config = KrulConfig.from_environment(**values)
+        config = KrulConfig.from_environment(os.environ, **values)
         if not config.enabled:
             stray = [s.flag for s in settings() if values[s.name] is not None]
             if stray:

@@ -6,6 +6,7 @@ writes to its own tokens, so their order does not matter.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from krul_sglang.store.memory import MemoryStore
+
+logger = logging.getLogger(__name__)
 
 # Called as sink(layer, first, k, v): write tokens [first, first + len(k)) of a layer.
 Sink = Callable[[int, int, "torch.Tensor", "torch.Tensor"], None]
@@ -64,6 +67,11 @@ class Loader:
             try:
                 nbytes += job.result()
             except CodecError:
+                lost.append(run.segment)
+            except Exception:
+                # Not a bad byte but a bug or no memory. It must not leave this loop: the
+                # other jobs still write into rows that the caller would free.
+                logger.exception("segment %d could not be loaded", run.segment)
                 lost.append(run.segment)
         if self._bandwidth is not None and not lost:
             owed = nbytes / self._bandwidth - (time.perf_counter() - began)

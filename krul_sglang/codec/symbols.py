@@ -15,9 +15,10 @@ from functools import cache
 
 import numpy as np
 
-EDGES = np.array([0.15, 0.22, 0.32, 0.45, 0.63, 0.9, 1.3, 1.8, 2.6, 4.0, 7.0], np.float64)
+EDGES = np.array([0.28, 0.38, 0.55, 0.8, 1.2, 1.8, 2.6, 4.0, 7.0], np.float64)
 """Bin ``b`` holds ratios in ``[EDGES[b], EDGES[b + 1])``, the last bin all above.
-Below the first edge a coefficient is dropped: it would be zero all but always."""
+Below the first edge a coefficient is dropped. It would nearly always be zero, and what
+0.15 instead of 0.28 buys (5 % more ratio) costs a quarter of the decoder's arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Alphabet:
 def _alphabet(low: float) -> Alphabet:
     if low < 0.3:
         return Alphabet(1, 5)
-    if low < 0.8:
+    if low < 0.75:
         return Alphabet(2, 3)
     return Alphabet(7, 2) if low < 2.6 else Alphabet(127, 1)
 

@@ -85,7 +85,10 @@ class Profile:
         # Outside what was measured the end segments go on, but at most a factor e
         # of KL: beyond that a straight line is a guess.
         want = min(max(want, points[0][0] - 1), points[-1][0] + 1)
-        return math.exp(y0 + (want - x0) * (y1 - y0) / (x1 - x0))
+        # Small errors cost their square, which is a slope of 1/2; far from that,
+        # neighbouring points differ by noise.
+        slope = min(max((y1 - y0) / (x1 - x0), 0.25), 1.0)
+        return math.exp(y0 + (want - x0) * slope)
 
     def check_spec(self, spec: KVSpec) -> None:
         """Raise :class:`ProfileError` unless the profile is for KV of this shape."""

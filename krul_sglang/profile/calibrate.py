@@ -98,11 +98,14 @@ def calibrate(
         maps, _ = fit(samples, step, ROUNDING)
         draft = Profile(*shape, model_rope, maps, (), marks)
         kl = trials[0].kl(draft, step)
-        if 0.4 < kl / AIM < 2.5:
+        if trials[0].kl(draft, step * CURVE[0]) > 0.6 * kl:
+            step /= 4  # so coarse that nothing is stored and finer means nothing
+        elif 0.4 < kl / AIM < 2.5:
             break
-        # The metric holds for small errors; where it was far off, what was
-        # measured leads, a limited distance at a time.
-        step *= min(max((AIM / kl) ** (1 / 1.5), 1 / 16), 4.0)
+        else:
+            # The metric holds for small errors; where it was far off, what was
+            # measured leads, a limited distance at a time.
+            step *= min(max((AIM / kl) ** (1 / 1.5), 1 / 16), 4.0)
     del samples
     curve = _measure_curve(draft, trials, step, lambda done: tell("measuring", 0.85 + 0.15 * done))
     profile = dataclasses.replace(draft, rope=serving_rope, curve=curve)

@@ -19,9 +19,11 @@ from krul_sglang.profile.base import LayerMaps
 SHRINK = 1.0
 """Weight of the isotropic part of a metric, against its sampled mean eigenvalue."""
 RIDGE = 3e-3
-RANK_FLOOR = 0.25
+NOISE = 0.2
+"""Error of the layer below that every direction must bear, in steps."""
+RANK_FLOOR = 0.35
 """Predicted components whose deviation is below this share of a step are cut."""
-FINEST = 0.15
+FINEST = 0.28
 """Coefficients below this share of the finest step (a quarter of the nominal) are cut."""
 
 
@@ -67,12 +69,19 @@ def _axes(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.flip(0).clamp_min(0).sqrt(), axes.flip(1)
 
 
-def _regress(below: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Centred ridge regression: ``[dim, dim]`` map and ``[dim]`` bias, float64."""
+def _regress(
+    below: torch.Tensor, x: torch.Tensor, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centred ridge regression: ``[dim, dim]`` map and ``[dim]`` bias, float64.
+
+    noise: covariance ``[dim, dim]`` that ``below`` may hold beside what it holds here.
+        At a finer step, or for unlike text, it has components in directions that
+        were never coded in the samples; without this a map may amplify them.
+    """
     mean_b, mean_x = below.mean(0), x.mean(0)
     r = below - mean_b
     gram = (r.T @ r).double()
-    gram += torch.diag(RIDGE * gram.diagonal().clamp_min(1e-12))
+    gram += torch.diag(RIDGE * gram.diagonal().clamp_min(1e-12)) + len(x) * noise
     weights = torch.linalg.solve(gram, (r.T @ (x - mean_x)).double())
     return weights, mean_x.double() - mean_b.double() @ weights
 
@@ -110,15 +119,18 @@ def fit(
     out: list[LayerMaps] = []
     kl = 0.0
     rebuilt: torch.Tensor | None = None
+    unroot = torch.zeros(dim, dim, dtype=torch.float64)
     for layer in range(layers):
         x = torch.cat([s.x[layer] for s in samples]).float()
         metric = metrics(samples, layer)
+        # What a unit of error in the metric of the layer below is in its coordinates.
+        noise = (NOISE * step) ** 2 * unroot @ unroot if layer else None
         root, unroot = _root(metric, samples[0].keys)
-        if rebuilt is None:
+        if rebuilt is None or noise is None:
             bias = x.mean(0).double()
             down, up = torch.zeros(dim, 0), torch.zeros(0, dim)
         else:
-            weights, bias = _regress(rebuilt, x)
+            weights, bias = _regress(rebuilt, x, noise)
             spread = rebuilt - rebuilt.mean(0)
             seen = weights @ root
             deviation, axes = _axes(seen.T @ ((spread.T @ spread).double() / len(x)) @ seen)

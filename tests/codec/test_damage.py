@@ -7,6 +7,7 @@ import zlib
 
 import msgpack
 import pytest
+import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,10 +23,14 @@ SPEC = KVSpec(3, 2, 8, 8, "bfloat16")
 PAYLOAD = make_codec("lossless", SPEC).encode(random_run(SPEC, 12, 0), EXACT)
 
 
-def read(payload: bytes) -> None:
+def read(payload: bytes) -> list[bytes]:
+    """K and V of every layer, as bytes."""
     reader = make_codec("lossless", SPEC).open(payload)
-    for _ in reader.layers(0, reader.tokens):
-        pass
+    return [
+        x.view(torch.int16).numpy().tobytes()
+        for pair in reader.layers(0, reader.tokens)
+        for x in pair
+    ]
 
 
 @settings(max_examples=300, deadline=None)
@@ -33,8 +38,12 @@ def read(payload: bytes) -> None:
 def test_no_changed_byte_goes_unnoticed(at: int, flip: int) -> None:
     damaged = bytearray(PAYLOAD)
     damaged[at] ^= flip
-    with pytest.raises(CodecError):
-        read(bytes(damaged))
+    # zstd ignores one bit of a frame's header; a flip that changes no value may pass.
+    try:
+        found = read(bytes(damaged))
+    except CodecError:
+        return
+    assert found == read(PAYLOAD)
 
 
 @settings(max_examples=100, deadline=None)

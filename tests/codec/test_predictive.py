@@ -157,5 +157,11 @@ def test_no_changed_byte_goes_unnoticed(at: int, flip: int, cut: bool) -> None:
     damaged = bytearray(DAMAGED[:at] if cut else DAMAGED)
     if not cut:
         damaged[at] ^= flip
-    with pytest.raises(CodecError):
-        decode(bytes(damaged), "bfloat16", 0, 30)
+    # zstd ignores one bit of a frame's header; a flip that changes no value may pass.
+    try:
+        k, v = decode(bytes(damaged), "bfloat16", 0, 30)
+    except CodecError:
+        return
+    assert not cut
+    for found, kept in zip((k, v), decode(DAMAGED, "bfloat16", 0, 30), strict=True):
+        assert torch.equal(found, kept)

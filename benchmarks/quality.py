@@ -1,0 +1,187 @@
+"""What a restored cache costs in quality, and what it saves: policies and baselines.
+
+    python benchmarks/quality.py --collect held_out.jsonl --prose DIR
+    python benchmarks/quality.py --model DIR --profile FILE --conversations held_out.jsonl \
+        --policies predictive,predictive@0.002,lossless,int4,raw_share --json out.json
+
+Policies are the package's codecs (``codec@budget`` for a budget of its own) and the
+baselines below, which are what the field compares with and no part of the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from krul_sglang.codec.base import KVRun
+from krul_sglang.profile.file import load_profile
+from krul_sglang.quality.forward import load_model
+from krul_sglang.quality.measure import (
+    Policy,
+    Restored,
+    is_held_out,
+    measure,
+    package_policies,
+    read_conversations,
+    spec_of,
+)
+
+MODULES = ("argparse", "dataclasses", "socketserver", "tarfile", "zipfile", "pickle", "ast", "uuid")
+
+
+def _grid(x: torch.Tensor, dim: int, levels: int) -> tuple[torch.Tensor, int]:
+    """``x`` rounded to ``levels`` per slice along ``dim``, and the bytes of its scales."""
+    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    low, scale = low.half().float(), ((high - low) / (levels - 1)).half().float().clamp_min(1e-8)
+    return ((x - low) / scale).round().clamp(0, levels - 1) * scale + low, low.numel() * 4
+
+
+def _quantize(run: KVRun, bits: int, group: int) -> Restored:
+    """K per channel over ``group`` tokens, V per token and head (KIVI, arXiv 2402.02750)."""
+    scales = 0
+    keys = []
+    for block in run.k.float().split(group, dim=1):
+        rounded, cost = _grid(block, 1, 1 << bits)
+        keys.append(rounded)
+        scales += cost
+    v, cost = _grid(run.v.float(), 3, 1 << bits)
+    stored = (run.k.numel() + run.v.numel()) * bits // 8 + scales + cost
+    return Restored(torch.cat(keys, 1), v, stored)
+
+
+def int8(run: KVRun) -> Restored:
+    """8 bits a scalar."""
+    return _quantize(run, 8, 128)
+
+
+def int4_kivi(run: KVRun) -> Restored:
+    """4 bits a scalar, as the package's ``int4`` but without zstd."""
+    return _quantize(run, 4, 128)
+
+
+def recompute(run: KVRun) -> Restored:
+    """Nothing is stored, nothing is lost."""
+    return Restored(run.k, run.v, 0)
+
+
+def _share(run: KVRun, source: list[int]) -> Restored:
+    kept = sorted(set(source))
+    stored = run.nbytes * len(kept) // len(source)
+    return Restored(run.k[source], run.v[source], stored)
+
+
+def raw_share(run: KVRun) -> Restored:
+    """The deep half's layers in pairs, the upper one reusing the lower one's KV as it is."""
+    layers = run.k.shape[0]
+    source = list(range(layers))
+    for layer in range(layers // 2 + 1, layers, 2):
+        source[layer] = layer - 1
+    return _share(run, source)
+
+
+def dissimilar(run: KVRun) -> Restored:
+    """A quarter of the layers reuse the layer they differ from most (KVSharer, 2410.18517)."""
+    layers = run.k.shape[0]
+    flat = torch.cat([run.k.float().flatten(2), run.v.float().flatten(2)], 2).mean(1)
+    distance = torch.cdist(flat, flat)
+    source, used = list(range(layers)), set[int]()
+    pairs = sorted(
+        ((float(distance[i, j]), i, j) for j in range(layers) for i in range(j)), reverse=True
+    )
+    for _, i, j in pairs:
+        if len({n for n, s in enumerate(source) if n != s}) >= layers // 4:
+            break
+        if source[j] == j and source[i] == i and j not in used:
+            source[j] = i
+            used.add(i)
+    return _share(run, source)
+
+
+BASELINES: dict[str, Policy] = {
+    "recompute": recompute,
+    "int8": int8,
+    "int4_kivi": int4_kivi,
+    "raw_share": raw_share,
+    "dissimilar": dissimilar,
+}
+
+
+def collect(out: Path, prose: Path | None, per_source: int) -> None:
+    """Held-out conversations: people chatting, prose, program text; about 5,000 chars each."""
+    rows = []
+    import chitchat_dataset  # PyPI, MIT
+
+    for identity, chat in sorted(chitchat_dataset.Dataset().items()):
+        messages = [
+            {"role": ("user", "assistant")[i % 2], "content": " ".join(m["text"] for m in group)}
+            for i, group in enumerate(chat["messages"])
+        ]
+        if is_held_out(identity) and sum(len(m["content"]) for m in messages) > 5000:
+            rows.append({"id": f"chat/{identity}", "messages": messages})
+        if len(rows) == per_source:
+            break
+    texts = [("code", name, inspect.getsource(importlib.import_module(name))) for name in MODULES]
+    for path in sorted(prose.glob("*.txt"))[:per_source] if prose else ():
+        texts.append(("prose", path.stem, path.read_text(errors="replace")[20000:]))
+    for source, name, text in texts:
+        messages = [
+            {"role": "user", "content": "Read this."},
+            {"role": "assistant", "content": text[:9000]},
+        ]
+        rows.append({"id": f"{source}/{name}", "messages": messages})
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--collect", type=Path, metavar="OUT", help="write held-out conversations")
+    parser.add_argument("--prose", type=Path, help="directory of .txt files for --collect")
+    parser.add_argument("--per-source", type=int, default=8)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--conversations", type=Path)
+    parser.add_argument("--policies", default="predictive,lossless,int4," + ",".join(BASELINES))
+    parser.add_argument("--budget", type=float, default=0.01)
+    parser.add_argument("--history", type=int, default=1000)
+    parser.add_argument("--continuation", type=int, default=120)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.collect:
+        collect(options.collect, options.prose, options.per_source)
+        return
+    if not options.model or not options.conversations:
+        parser.error("--model and --conversations are needed")
+    model, tokenizer = load_model(options.model)
+    profile = load_profile(options.profile) if options.profile else None
+    names = options.policies.split(",")
+    own = [name for name in names if name not in BASELINES]
+    known = {**package_policies(own, spec_of(model), profile, options.budget), **BASELINES}
+    result = measure(
+        model,
+        tokenizer,
+        read_conversations(options.conversations),
+        {name: known[name] for name in names},
+        options.history,
+        options.continuation,
+        lambda done: print(f"\r{done:4.0%}", end="", file=sys.stderr, flush=True),
+    )
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print("\npolicy | ratio | mean KL | 95 % | worst conversation | top-1 | NLL delta")
+    for name, row in result["policies"].items():
+        ratio = f"{row['ratio']:.2f}x" if row["ratio"] else "-"
+        low, high = row["kl_ci95"]
+        print(
+            f"{name} | {ratio} | {row['kl_mean']:.4f} | {low:.4f} - {high:.4f} | "
+            f"{row['kl_worst_conversation']:.4f} | {row['top1']:.3f} | {row['nll_delta']:+.4f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,15 @@ def tiny(tmp_path_factory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def two_ranks() -> dict[str, str]:
+    """The environment in which a CPU server runs two ranks, one core each."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("two ranks on a CPU need two cores")
+    return {"SGLANG_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[1]}"}
+
+
+@pytest.fixture(scope="session")
 def resolve(bare_configs) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """Resolve cases in one child process; see resolve_child.py for both formats."""
     plain = ["--model-path", str(bare_configs["llama"]), "--device", "cpu", "--skip-tokenizer-init"]
@@ -65,6 +77,7 @@ def talk() -> Callable[..., list[list[dict[str, Any]]]]:
 
     Returns ``[conversation][turn]``: the server's answer, plus its ``prompt``.
     ``before`` is how many tokens of that conversation had their KV computed earlier.
+    ``together`` sends each turn of all conversations at once.
     """
 
     def run(
@@ -77,22 +90,29 @@ def talk() -> Callable[..., list[list[dict[str, Any]]]]:
         answer: int = 6,
         seed: int = 3,
         body: dict[str, Any] | None = None,
-        **sampling: Any,
+        together: bool = False,
+        sessions: bool = False,
     ) -> list[list[dict[str, Any]]]:
         rng = random.Random(seed)
         done: list[list[dict[str, Any]]] = [[] for _ in range(conversations)]
         for _ in range(turns):
-            for past in done:
+            bodies = []
+            for number, past in enumerate(done):
                 history = past[-1]["prompt"] + past[-1]["output_ids"] if past else []
                 size = more if past else first
                 prompt = history + [rng.randrange(10, tiny_models.VOCAB) for _ in range(size)]
-                params = {"temperature": 0, "max_new_tokens": answer, **sampling}
-                got = server.post(
-                    "/generate",
-                    {"input_ids": prompt, "sampling_params": params, **(body or {})},
+                session = {"session_id": f"s{number}"} if sessions else {}
+                params = {"temperature": 0, "max_new_tokens": answer}
+                bodies.append(
+                    {"input_ids": prompt, "sampling_params": params, **session, **(body or {})}
                 )
+            send = functools.partial(server.post, "/generate")
+            with ThreadPoolExecutor(conversations if together else 1) as pool:
+                answers = list(pool.map(send, bodies))
+            for past, sent, got in zip(done, bodies, answers, strict=True):
+                before = len(past[-1]["prompt"] + past[-1]["output_ids"]) - 1 if past else 0
                 # The last token of an answer is sampled, its KV never computed.
-                past.append({**got, "prompt": prompt, "before": max(0, len(history) - 1)})
+                past.append({**got, "prompt": sent["input_ids"], "before": before})
         return done
 
     return run

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 pytestmark = pytest.mark.server
@@ -11,16 +9,10 @@ pytestmark = pytest.mark.server
 PLAIN = ("--skip-tokenizer-init",)
 
 
-def test_two_ranks_restore_exactly(serve, tiny, talk, host_hits):
+def test_two_ranks_restore_exactly(serve, tiny, talk, host_hits, two_ranks):
     """Token ids equal those of a prefill with nothing cached; SGLang's rank check stays quiet."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        pytest.skip("two ranks on a CPU need two cores")
-    env = {
-        "SGLANG_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[1]}",
-        # Compares, in every step, what the ranks decided; a difference ends the server.
-        "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1",
-    }
+    # Compares, in every step, what the ranks decided; a difference ends the server.
+    env = {**two_ranks, "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
     model = tiny("qwen2", 64, 2, "default", kv_heads=2)
     krul = ("--enable-krul", "--krul-policy", "lossless", "--max-total-tokens", "192")
     with serve(*PLAIN, *krul, "--tp-size", "2", model=model, env=env) as server:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from sglang.srt.disaggregation.kv_events import StorageMedium
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache.base_prefix_cache import (
     EvictParams,
@@ -143,6 +144,7 @@ class KrulRadixCache(UnifiedRadixCache):
             return
         ids, data.host_value = data.host_value, None
         self.krul.store.release(ids)
+        self.tree_core.kv_events.record_remove(node, medium=StorageMedium.CPU)
         self.tree_core._update_evictable_leaf_sets(node)
         self.tree_core._update_duplicate_tracking(node)
 
@@ -264,11 +266,14 @@ class KrulRadixCache(UnifiedRadixCache):
             rows, _ = self.tree_core.build_backup_spec(node_id)
             if rows.numel() == 0:  # its stored original still exists: never encoded again
                 continue
-            ids = self._store_node(self.tree_core.node_by_id(node_id), rows)
+            node = self.tree_core.node_by_id(node_id)
+            ids = self._store_node(node, rows)
             if ids is None:
                 self.krul.counters.dropped_tokens += rows.numel()
                 return 0
             self.tree_core.commit_backup(node_id, ids, {})
+            # Stock publishes this when a transfer is acknowledged; ours is already complete.
+            self.tree_core.kv_events.record_store(node, medium=StorageMedium.CPU)
             self.krul.counters.evicted_tokens += rows.numel()
             written = rows.numel()
         return written

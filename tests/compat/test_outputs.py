@@ -1,4 +1,4 @@
-"""What rides on the prefix cache: KV events, grammars, adapters."""
+"""What rides on the prefix cache: KV events, grammars, namespaces."""
 
 from __future__ import annotations
 
@@ -42,17 +42,20 @@ def test_kv_events(serve, tiny, talk, ids, host_hits):
     assert ("BlockStored", "GPU") in seen
     assert ("BlockRemoved", "GPU") in seen
     assert ("BlockStored", "CPU_PINNED") in seen
-    on_device: set[int] = set()
+    held: dict[str, set[int]] = {"GPU": set(), "CPU_PINNED": set()}
     for event in events:
-        if event.get("medium") != "GPU":
+        if event["type"] == "AllBlocksCleared":
+            held = {medium: set() for medium in held}
             continue
-        hashes = set(event["block_hashes"])
+        hashes, medium = set(event["block_hashes"]), event["medium"]
         if event["type"] == "BlockStored":
-            on_device |= hashes
+            held[medium] |= hashes
         else:
-            assert hashes <= on_device, "a block is removed that was never stored"
-            on_device -= hashes
-    assert on_device
+            assert hashes <= held[medium], "a block is removed that was never stored"
+            held[medium] -= hashes
+    # What the last turns left behind: one conversation on the device, the others stored.
+    assert held["GPU"]
+    assert held["CPU_PINNED"] - held["GPU"]
 
 
 def test_structured_output(serve):
@@ -85,51 +88,15 @@ def test_structured_output(serve):
                 server.flush()
 
 
-def save_adapter(model: Any, folder: Any) -> str:
-    """A random LoRA adapter of rank 8 on q and v, written as peft writes it."""
-    import torch
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    torch.manual_seed(1)
-    weights = {}
-    with safe_open(model / "model.safetensors", "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a mapping
-            if name.endswith(("q_proj.weight", "v_proj.weight")):
-                out, hidden = file.get_tensor(name).shape
-                stem = f"base_model.model.{name.removesuffix('.weight')}"
-                weights[f"{stem}.lora_A.weight"] = torch.randn(8, hidden) / hidden**0.5
-                weights[f"{stem}.lora_B.weight"] = torch.randn(out, 8) / 8**0.5
-    folder.mkdir()
-    save_file(weights, folder / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(model),
-        "r": 8,
-        "lora_alpha": 16,
-        "target_modules": ["q_proj", "v_proj"],
-        "bias": "none",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return str(folder)
-
-
-def test_lora(serve, tiny, talk, ids, host_hits, tmp_path):
-    """The same conversations with and without an adapter: each gets its own KV back."""
-    model = tiny("qwen3", 64, 4, "yarn")
-    flags = (
-        *BARE,
-        *("--enable-lora", "--max-lora-rank", "8", "--lora-backend", "torch_native"),
-        *("--lora-paths", f"adapter={save_adapter(model, tmp_path / 'adapter')}"),
-    )
-    adapted = {"lora_path": "adapter"}
-    with serve(*flags, *LARGE, model=model) as server:
-        base, other = talk(server), talk(server, body=adapted)
-    assert ids(base) != ids(other)
-    with serve(*flags, *SMALL, *KRUL, model=model) as server:
-        for body, expected in ((None, base), (adapted, other)):
-            done = talk(server, body=body)
-            assert ids(done) == ids(expected)
+def test_cache_namespaces(serve, tiny, talk, ids, host_hits):
+    """The same tokens under other keys (a LoRA adapter's id is one) never share stored KV."""
+    with serve(*BARE, *KRUL, *SMALL, model=tiny("qwen3", 64, 4, "yarn")) as server:
+        runs = [
+            talk(server, turns=2, body=body)
+            for body in ({}, {"extra_key": "a"}, {"extra_key": "b"}, {"cache_salt": "a"})
+        ]
+        for done in runs:
+            assert ids(done) == ids(runs[0])
+            assert all(past[0]["meta_info"]["cached_tokens"] == 0 for past in done)
             assert host_hits(done) > 0
         assert server.krul()["protected_tokens"] == 0

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
-from krul_sglang.live_server import LiveServer
+from krul_sglang.live_server import LiveServer, has_gpu
+
+if not has_gpu():
+    # SGLang chooses its platform when it is first imported, also by in-process tests.
+    os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"

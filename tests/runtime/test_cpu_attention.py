@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import pytest
 import torch
 
-os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 backend_module = pytest.importorskip("sglang.srt.layers.attention.torch_native_backend")
 
 from krul_sglang.runtime import cpu_attention  # noqa: E402

@@ -21,6 +21,16 @@ MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 Serve = Callable[..., AbstractContextManager[LiveServer]]
 
 
+@pytest.fixture(autouse=True)
+def krul_environment() -> Iterator[None]:
+    """No test leaves ``KRUL_*`` settings behind: a server started later would obey them."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("KRUL_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("KRUL_")]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def chat_model() -> Path:
     """The folder of the real chat model."""

@@ -33,7 +33,7 @@ test: model ## all tests that fit in minutes
 	@$(BIN)/python -m pytest -m "not long and not gpu" $(ARGS)
 
 test-unit: setup ## tests without a server, under a minute
-	@$(BIN)/python -m pytest -m "not long and not gpu and not server" $(ARGS)
+	@$(BIN)/python -m pytest -m "not long and not gpu and not server and not process" $(ARGS)
 
 test-long: model ## every test
 	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)

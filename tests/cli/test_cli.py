@@ -65,6 +65,7 @@ def test_doctor_names_a_bad_setting_and_the_fix():
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.process
 def test_doctor_notices_too_large_a_budget():
     done = krul("doctor", KRUL_HOST_MEMORY="900TB", SGLANG_PLUGINS="none")
     assert done.returncode == 1

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 CHILD = Path(__file__).parent / "rank_child.py"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("codec", ["lossless", "int4"])
 def test_ledger_agrees_with_rss(codec):
     """Within 10 % after 45 segments of mixed sizes, a third of them released again."""

@@ -31,24 +31,17 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from krul_sglang.config import KrulConfig
 from krul_sglang.restore.load import Loader
-from krul_sglang.runtime.component import LOSSY, full_data
-from krul_sglang.runtime.exact import LOSSY_TOKENS, RECOMPUTED, demands_exact
+from krul_sglang.runtime import backup, marks
+from krul_sglang.runtime.exact import LOSSY_TOKENS, MISSED, RECOMPUTED, demands_exact
+from krul_sglang.runtime.marks import full_data
 from krul_sglang.runtime.pool import PoolView
 from krul_sglang.runtime.state import Counters, Metrics
 from krul_sglang.store.memory import MemoryStore
-from krul_sglang.store.segment import RECORD_BYTES, SLOT_BYTES, Segment, SegmentState
+from krul_sglang.store.segment import SegmentState
 from krul_sglang.store.slots import slot_runs
-from krul_sglang.strategy.base import EXACT, Strategy
+from krul_sglang.strategy.base import Strategy
 
 logger = logging.getLogger(__name__)
-
-# Longest run that becomes one segment: bounds staging and lets loads run in parallel.
-SEGMENT_TOKENS = 1024
-# The first tokens of a sequence draw attention from everywhere (attention sinks), so
-# errors in them cost most and their bytes least: they stay exact.
-SINK_TOKENS = 4
-# How long an eviction waits for the encoder before it drops the victim instead.
-STAGING_WAIT_SECONDS = 5.0
 
 
 @dataclass
@@ -98,43 +91,30 @@ class KrulRadixCache(UnifiedRadixCache):
 
     # ---- agreement between ranks -----------------------------------------------
 
-    def _agree(self, values: list[int], op: Any = torch.distributed.ReduceOp.MAX) -> list[int]:
-        """The same numbers on every rank of the cache group (MAX unless told)."""
+    def agree(self, values: list[int]) -> list[int]:
+        """The largest of each number over the ranks of the cache group, the same on all."""
         if self.tp_world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.int64)
-        self._all_reduce_attn_groups(tensor, op)
+        self._all_reduce_attn_groups(tensor, torch.distributed.ReduceOp.MAX)
         return tensor.tolist()
 
     # ---- walking the tree ------------------------------------------------------
 
-    def _path(self, node_id: int) -> Iterator[Any]:
+    def path(self, node_id: int) -> Iterator[Any]:
         """Nodes from ``node_id`` up to, not including, the root."""
         node = self.tree_core.node_by_id(node_id)
         while node is not self.tree_core.root_node:
             yield node
             node = node.parent
 
-    def _segments_of(self, node: Any) -> Iterator[Segment]:
-        ids = full_data(node).host_value
-        if ids is None:
-            return
-        for run in slot_runs(ids):
-            segment = self.krul.store.get(run.segment)
-            if segment is not None:
-                yield segment
-
-    def is_lossy(self, node: Any) -> bool:
-        """Whether a request that is served from this node gets KV that is not exact."""
-        data = full_data(node)
-        if data.metadata.get(LOSSY):
-            return True
-        return data.value is None and any(not segment.exact for segment in self._segments_of(node))
-
-    def _is_lost(self, node: Any) -> bool:
-        return node.evicted and any(
-            segment.state is SegmentState.LOST for segment in self._segments_of(node)
-        )
+    def _has_lost(self, node: Any) -> bool:
+        """Whether any of the node's stored copy is lost."""
+        ids, store = full_data(node).host_value, self.krul.store
+        if ids is None or not store.lost_count:
+            return False
+        segments = [store.get(run.segment) for run in slot_runs(ids)]
+        return any(s is not None and s.state is SegmentState.LOST for s in segments)
 
     def forget_stored(self, node: Any) -> None:
         """Drop a device-resident node's stored copy, so that its next eviction stores it anew."""
@@ -143,6 +123,7 @@ class KrulRadixCache(UnifiedRadixCache):
         if data.host_value is None:
             return
         ids, data.host_value = data.host_value, None
+        marks.forget_stored(node)
         self.krul.store.release(ids)
         self.tree_core.kv_events.record_remove(node, medium=StorageMedium.CPU)
         self.tree_core._update_evictable_leaf_sets(node)
@@ -170,23 +151,30 @@ class KrulRadixCache(UnifiedRadixCache):
         fraction = self.krul.config.recompute_fraction
         if fraction and result.host_hit_length:
             usable = device + int(result.host_hit_length * (1 - fraction))
-        exact = self.krul.lossy is not None and demands_exact(req)
+        exact, missed = self.krul.lossy is not None and demands_exact(req), False
         if exact or self.krul.store.lost_count:
-            end = matched
-            for node in self._path(result.best_match_node):
+            end, planned = matched, usable
+            for node in self.path(result.best_match_node):
                 begin = end - len(node.key)
-                if (exact and self.is_lossy(node)) or self._is_lost(node):
+                if exact and marks.is_lossy(node):
+                    usable = min(usable, begin + marks.exact_tokens(node))
+                if node.evicted and self._has_lost(node):
                     usable = min(usable, begin)
                 end = begin
+            missed = usable < planned
+        if req is not None:
+            setattr(req, MISSED, missed)
         return usable // self.page_size * self.page_size
 
     def _note_match(self, req: Any, result: MatchResult, matched: int) -> None:
         served = result.device_prefix_len + result.host_hit_length
         setattr(req, RECOMPUTED, max(0, matched - served))
-        if self.krul.lossy is not None:
-            lossy = sum(len(n.key) for n in self._path(result.best_match_node) if self.is_lossy(n))
-            if not req.output_ids:
-                setattr(req, LOSSY_TOKENS, lossy)
+        self._note_lossy(req, result.best_match_node)
+
+    def _note_lossy(self, req: Any, node_id: int) -> None:
+        if self.krul.lossy is not None and not req.output_ids:
+            path = self.path(node_id)
+            setattr(req, LOSSY_TOKENS, sum(len(n.key) - marks.exact_tokens(n) for n in path))
 
     # ---- inserting -------------------------------------------------------------
 
@@ -196,7 +184,7 @@ class KrulRadixCache(UnifiedRadixCache):
         if recomputed:
             setattr(req, RECOMPUTED, 0)
             self.krul.counters.recomputed_tokens += recomputed
-            self.krul.counters.misses += 1
+            self.krul.counters.misses += getattr(req, MISSED, False)
         if self.krul.lossy is None:
             super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
             return
@@ -221,8 +209,8 @@ class KrulRadixCache(UnifiedRadixCache):
         found = self.tree_core.match_prefix(MatchPrefixParams(key=key))
         self._apply_cache_actions(found.cache_actions)
         return any(
-            not node.evicted and full_data(node).lock_ref > 0 and self.is_lossy(node)
-            for node in self._path(found.best_match_node)
+            not node.evicted and full_data(node).lock_ref > 0 and marks.is_lossy(node)
+            for node in self.path(found.best_match_node)
         )
 
     def insert(self, params: InsertParams) -> InsertResult:
@@ -235,19 +223,15 @@ class KrulRadixCache(UnifiedRadixCache):
         if not isinstance(result.last_device_node, int):
             return result
         tainted, begin = False, 0
-        for node in reversed(list(self._path(result.last_device_node))):
+        for node in reversed(list(self.path(result.last_device_node))):
             fresh = any(lo <= begin < hi for lo, hi in adopted)
             begin += len(node.key)
-            data = full_data(node)
             if fresh:
                 # Computed just now: as exact as the prefix it was computed on.
-                if tainted:
-                    data.metadata[LOSSY] = True
-                else:
-                    data.metadata.pop(LOSSY, None)
-                if any(s.state is SegmentState.LOST for s in self._segments_of(node)):
+                marks.mark_computed(node, exact=not tainted)
+                if self._has_lost(node):
                     self.forget_stored(node)
-            tainted = tainted or self.is_lossy(node)
+            tainted = tainted or marks.is_lossy(node)
         return result
 
     # ---- evicting --------------------------------------------------------------
@@ -267,7 +251,7 @@ class KrulRadixCache(UnifiedRadixCache):
             if rows.numel() == 0:  # its stored original still exists: never encoded again
                 continue
             node = self.tree_core.node_by_id(node_id)
-            ids = self._store_node(node, rows)
+            ids = backup.store_node(self, node, rows)
             if ids is None:
                 self.krul.counters.dropped_tokens += rows.numel()
                 return 0
@@ -278,83 +262,17 @@ class KrulRadixCache(UnifiedRadixCache):
             written = rows.numel()
         return written
 
-    def _store_node(self, node: Any, rows: torch.Tensor) -> torch.Tensor | None:
-        """Gather and stage a node's rows; its slot ids, or None when there is no room."""
-        store, pool = self.krul.store, self.krul.pool
-        start = sum(len(n.key) for n in self._path(node.parent.id))
-        head = self._exact_head(node, start)
-        ids: list[torch.Tensor] = []
-        for lo, hi, strategy in self._pieces(rows.numel(), head):
-            nbytes = (hi - lo) * pool.spec.token_bytes
-            if not self._make_room(nbytes, hi - lo):
-                for held in ids:
-                    store.release(held)
-                return None
-            run = pool.gather(rows[lo:hi], start + lo)
-            exact = strategy is EXACT and not full_data(node).metadata.get(LOSSY)
-            _, piece = store.stage(run, strategy, exact)
-            ids.append(piece)
-        return torch.cat(ids)
-
-    def _pieces(self, tokens: int, head: int) -> Iterator[tuple[int, int, Strategy]]:
-        """Cut a node into segments: its exact head, then the rest."""
-        lossy = self.krul.lossy or EXACT
-        for begin, end, strategy in ((0, head, EXACT), (head, tokens, lossy)):
-            for lo in range(begin, end, SEGMENT_TOKENS):
-                yield lo, min(lo + SEGMENT_TOKENS, end), strategy
-
-    def _exact_head(self, node: Any, start: int) -> int:
-        """How many of the node's first tokens stay exact because others may share them.
-
-        Everything above a branch is shared already. A conversation's opening up to
-        its first end of turn (a system prompt) may be shared by the next one.
-        """
-        tokens = len(node.key)
-        if self.krul.lossy is None or self._is_above_branch(node):
-            return tokens
-        head = max(0, SINK_TOKENS - start, self._opening(node))
-        return min(tokens, -(-head // self.page_size) * self.page_size)
-
-    def _opening(self, node: Any) -> int:
-        """How many of the node's tokens precede the end of the conversation's first turn."""
-        ends = self.krul.turn_ends
-        for above in self._path(node.parent.id):
-            if not ends.isdisjoint(above.key.token_ids[: len(above.key)]):
-                return 0
-        for offset, token in enumerate(node.key.token_ids[: len(node.key)]):
-            if token in ends:
-                return offset + 1
-        return 0
-
-    @staticmethod
-    def _is_above_branch(node: Any) -> bool:
-        while len(node.children) == 1:
-            node = next(iter(node.children.values()))
-        return len(node.children) > 1
-
-    def _make_room(self, nbytes: int, tokens: int) -> bool:
-        """Fit ``nbytes`` of raw staging under the budget; the same answer on every rank.
-
-        Waits for the encoder first (raw is several times the sealed size), then asks
-        the tree to let stored leaves go, oldest first.
-        """
-        store = self.krul.store
-        needed = nbytes + tokens * SLOT_BYTES + RECORD_BYTES
-        if self._agree([needed - store.ledger.limit])[0] > 0:
-            return False
-        fits = store.wait_for_staging(nbytes, STAGING_WAIT_SECONDS)
-        if self._agree([not fits])[0]:
-            logger.warning("krul: the encoder does not keep up; a conversation was dropped")
-            return False
-        waited = False
-        while self._agree([store.ledger.used + needed - store.ledger.limit])[0] > 0:
-            if not waited:
-                store.wait_sealed(STAGING_WAIT_SECONDS)
-                waited = True
-                continue
-            if self.evict_host(max(tokens, self.page_size)) == 0:
-                return False
-        return True
+    def _drop_subtree_no_host(self, node_id: int, tracker: dict) -> bool:
+        """Stock drop of a node that found no room; what was stored below it goes too."""
+        stored, stack = 0, list(self.tree_core.node_by_id(node_id).children.values())
+        while stack:
+            node = stack.pop()
+            stored += len(node.key)
+            stack.extend(node.children.values())
+        dropped = super()._drop_subtree_no_host(node_id, tracker)
+        if dropped:
+            self.krul.counters.dropped_tokens += stored
+        return dropped
 
     def evict_host(
         self, num_tokens: int, component_type: ComponentType = ComponentType.FULL
@@ -401,10 +319,8 @@ class KrulRadixCache(UnifiedRadixCache):
             if req is not None:
                 self._note_failed_load(req, tokens)
             return False
-        nodes = [self.tree_core.node_by_id(nid) for nid in transfer.nodes_to_load]
-        for node in nodes:
-            if self.is_lossy(node):
-                full_data(node).metadata[LOSSY] = True
+        for loaded in transfer.nodes_to_load:
+            marks.mark_loaded(self.tree_core.node_by_id(loaded))
         self._apply_cache_actions(
             self.tree_core.commit_load_back(node_id, rows.to(torch.int64), transfer, {})
         )
@@ -420,7 +336,7 @@ class KrulRadixCache(UnifiedRadixCache):
         could not read is lost on all of them."""
         runs = slot_runs(ids)
         outcome = self.krul.loader.load(runs, self.krul.pool.writer(rows))
-        lost = self._agree([int(run.segment in outcome.lost) for run in runs])
+        lost = self.agree([int(run.segment in outcome.lost) for run in runs])
         for run, is_lost in zip(runs, lost, strict=True):
             if is_lost:
                 logger.warning("krul: segment %d is damaged; recomputing it", run.segment)
@@ -430,14 +346,11 @@ class KrulRadixCache(UnifiedRadixCache):
     def _forget_lost(self, node_id: int) -> None:
         # A node above, still on the device, may share the segment since a split: evicted
         # with that copy it would be thrown away, so let it be stored anew.
-        for node in self._path(node_id):
-            if not node.evicted and any(
-                segment.state is SegmentState.LOST for segment in self._segments_of(node)
-            ):
+        for node in self.path(node_id):
+            if not node.evicted and self._has_lost(node):
                 self.forget_stored(node)
 
     def _note_failed_load(self, req: Any, tokens: int) -> None:
         setattr(req, RECOMPUTED, getattr(req, RECOMPUTED, 0) + tokens)
-        if self.krul.lossy is not None and not req.output_ids:
-            lossy = sum(len(n.key) for n in self._path(req.last_node) if self.is_lossy(n))
-            setattr(req, LOSSY_TOKENS, lossy)
+        setattr(req, MISSED, True)
+        self._note_lossy(req, req.last_node)

@@ -6,21 +6,14 @@ from typing import Any
 
 import torch
 from sglang.srt.mem_cache.unified_cache.cache_action import FreeDeviceKV
-from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.unified_cache.components.full import FullComponent
 
-# Key in a node's component metadata: its KV is not what an exact prefill would give,
-# because it (or the prefix it was computed on) once came back from a lossy segment.
-LOSSY = "krul_lossy"
-
-
-def full_data(node: Any) -> Any:
-    """The node's FULL component data (``value``: device rows, ``host_value``: slot ids)."""
-    return node.component_data[ComponentType.FULL]
+from krul_sglang.runtime import marks
+from krul_sglang.runtime.marks import full_data
 
 
 class KrulFullComponent(FullComponent):
-    """Stock behaviour, plus: slot ids return to the store, the lossy mark follows a
+    """Stock behaviour, plus: slot ids return to the store, exactness marks follow a
     split, and an exact request's KV replaces a lossy copy nobody else is reading."""
 
     def free_host_values(self, host_values: list[torch.Tensor]) -> None:
@@ -29,10 +22,9 @@ class KrulFullComponent(FullComponent):
             self.cache.krul.store.release(ids)
 
     def redistribute_on_node_split(self, new_parent: Any, child: Any) -> None:
-        """Both halves keep the mark; slot ids say themselves what each half stores."""
+        """Slot ids say themselves what each half stores; the marks are divided."""
         super().redistribute_on_node_split(new_parent, child)
-        if full_data(child).metadata.get(LOSSY):
-            full_data(new_parent).metadata[LOSSY] = True
+        marks.split(new_parent, child)
 
     def update_component_on_insert_overlap(
         self,
@@ -48,13 +40,13 @@ class KrulFullComponent(FullComponent):
         data = full_data(node)
         if not (
             self.cache.inserting_exact
-            and data.metadata.get(LOSSY)
+            and marks.is_lossy(node)
             and data.lock_ref == 0
             and params.prev_prefix_len <= total_prefix_len
         ):
             return prefix_len
         cache_actions.append(FreeDeviceKV([data.value]))
         data.value = value_slice.clone()
-        data.metadata.pop(LOSSY)
+        marks.mark_computed(node, exact=True)
         self.cache.forget_stored(node)
         return 0

@@ -14,6 +14,9 @@ EXACT = "exact"
 LOSSY_TOKENS = "krul_lossy_tokens"
 # Set on a request: stored tokens it recomputes, counted once when it first inserts.
 RECOMPUTED = "krul_recomputed"
+# Set on a request: whether stored tokens could not be used (lost, or lossy for an exact
+# request), as opposed to being recomputed by plan.
+MISSED = "krul_missed"
 
 
 def demands_exact(req: Any) -> bool:

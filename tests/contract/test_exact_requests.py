@@ -5,9 +5,9 @@ import torch
 from kv_oracle import ROUNDING, oracle
 from tree_rig import Rig
 
-from krul_sglang.runtime.cache import SINK_TOKENS
-from krul_sglang.runtime.component import LOSSY, full_data
+from krul_sglang.runtime.backup import SINK_TOKENS
 from krul_sglang.runtime.exact import LOSSY_TOKENS
+from krul_sglang.runtime.marks import is_lossy
 
 END = 9
 HISTORY = [*range(100, 115), END, *range(200, 248)]  # 16 exact tokens, then 48 lossy ones
@@ -25,7 +25,7 @@ def store_lossy(rig: Rig, history=HISTORY) -> None:
 
 
 def marks(rig: Rig, history=HISTORY) -> list[bool]:
-    return [bool(full_data(n).metadata.get(LOSSY)) for n in rig.find(history)]
+    return [is_lossy(n) for n in rig.find(history)]
 
 
 def test_a_plain_request_is_told_how_many_tokens_came_back_lossy(rig: Rig) -> None:
@@ -34,7 +34,7 @@ def test_a_plain_request_is_told_how_many_tokens_came_back_lossy(rig: Rig) -> No
     rig.match(req)
     assert rig.admit(req)
     assert req.host_loaded_length == len(HISTORY)
-    assert getattr(req, LOSSY_TOKENS) == len(HISTORY)  # the node as a whole counts
+    assert getattr(req, LOSSY_TOKENS) == 48  # the opening, 16 tokens, is exact
     rig.prefill(req)
     rig.finish(req)
     assert any(marks(rig))
@@ -44,8 +44,9 @@ def test_a_plain_request_is_told_how_many_tokens_came_back_lossy(rig: Rig) -> No
 def test_stored_lossy_is_a_miss(rig: Rig) -> None:
     store_lossy(rig)
     req = rig.turn([*HISTORY, 5], exact=True)
-    assert req.host_loaded_length == 0
+    assert req.host_loaded_length == 16, "the exact opening of the same node is used"
     assert getattr(req, LOSSY_TOKENS) == 0
+    assert rig.krul.counters.misses == 1
     rig.check()
 
 
@@ -170,7 +171,7 @@ def test_an_answer_that_began_exact_ends_exact(rig: Rig) -> None:
 
     rig.match(req)
     assert rig.admit(req)
-    assert req.host_loaded_length == 0
+    assert req.host_loaded_length == 16, "only the exact opening"
     assert getattr(req, LOSSY_TOKENS) == 0
     rig.prefill(req)
     assert torch.equal(rig.rows_of(req, 66), oracle(tuple(req.full_untruncated_fill_ids[:66])))

@@ -4,7 +4,7 @@ import pytest
 from kv_oracle import oracle
 from tree_rig import Rig
 
-from krul_sglang.runtime.component import full_data
+from krul_sglang.runtime.marks import full_data
 from krul_sglang.store.segment import SegmentState
 
 

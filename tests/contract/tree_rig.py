@@ -27,9 +27,11 @@ from sglang.srt.server_args import ServerArgs, set_global_server_args_for_schedu
 from krul_sglang.codec.lossless import LosslessCodec
 from krul_sglang.config import KrulConfig
 from krul_sglang.restore.load import Loader
+from krul_sglang.runtime import marks
 from krul_sglang.runtime.cache import Krul, KrulRadixCache
-from krul_sglang.runtime.component import KrulFullComponent, full_data
+from krul_sglang.runtime.component import KrulFullComponent
 from krul_sglang.runtime.exact import LOSSY_TOKENS
+from krul_sglang.runtime.marks import full_data
 from krul_sglang.runtime.pool import PoolView
 from krul_sglang.runtime.state import Counters
 from krul_sglang.store.memory import MemoryStore
@@ -268,7 +270,7 @@ class Rig:
         return [n for n in core._collect_all_nodes() if n is not core.root_node]
 
     def path_tokens(self, node) -> tuple[int, ...]:
-        keys = [list(n.key.raw_token_ids()) for n in self.cache._path(node.id)]
+        keys = [list(n.key.raw_token_ids()) for n in self.cache.path(node.id)]
         return tuple(t for key in reversed(keys) for t in key)
 
     def segment_ids(self, node) -> list[int]:
@@ -334,10 +336,13 @@ class Rig:
         begin = len(tokens) - len(node.key)
         if data.value is not None:
             rows = self.gather(data.value)
-            if self.cache.is_lossy(node):
-                assert_plausible(rows, tokens, begin)
-            else:
-                assert torch.equal(rows, oracle(tokens)[:, :, begin:]), "an unmarked node is lossy"
+            exact = marks.exact_tokens(node)
+            upto = begin + exact
+            assert torch.equal(rows[:, :, :exact], oracle(tokens[:upto])[:, :, begin:]), (
+                "rows that count as exact are lossy"
+            )
+            if exact < len(node.key):
+                assert_plausible(rows[:, :, exact:], tokens, upto)
         if data.host_value is None or not self.damaged.isdisjoint(self.segment_ids(node)):
             return
         out = torch.full((2, LAYERS, len(node.key), HEADS, DIM), torch.nan)

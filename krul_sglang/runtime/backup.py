@@ -1,0 +1,123 @@
+"""Storing a node that leaves the device: where it is cut, and how it finds room."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from krul_sglang.runtime import marks
+from krul_sglang.store.segment import RECORD_BYTES, SLOT_BYTES
+from krul_sglang.strategy.base import EXACT, Strategy
+
+if TYPE_CHECKING:
+    from krul_sglang.runtime.cache import KrulRadixCache
+
+logger = logging.getLogger(__name__)
+
+# Longest run that becomes one segment: bounds staging and lets loads run in parallel.
+SEGMENT_TOKENS = 1024
+# The first tokens of a sequence draw attention from everywhere (attention sinks), so
+# errors in them cost most and their bytes least: they stay exact.
+SINK_TOKENS = 4
+# How long an eviction waits for the encoder before it drops the victim instead.
+STAGING_WAIT_SECONDS = 5.0
+
+
+def store_node(cache: KrulRadixCache, node: Any, rows: torch.Tensor) -> torch.Tensor | None:
+    """Gather and stage a node's rows (int64 ``[n]``), and mark what of them is exact.
+
+    Returns the node's slot ids, int64 ``[n]``, or None when there is no room.
+    """
+    krul = cache.krul
+    start = sum(len(above.key) for above in cache.path(node.parent.id))
+    head = _exact_head(cache, node, start)
+    already_exact = marks.exact_tokens(node)
+    ids: list[torch.Tensor] = []
+    for lo, hi, strategy in _pieces(rows.numel(), head, krul.lossy or EXACT):
+        if not _make_room(cache, (hi - lo) * krul.pool.spec.token_bytes, hi - lo):
+            for held in ids:
+                krul.store.release(held)
+            return None
+        run = krul.pool.gather(rows[lo:hi], start + lo)
+        _, piece = krul.store.stage(run, strategy, strategy is EXACT and hi <= already_exact)
+        ids.append(piece)
+    marks.mark_stored(node, head)
+    return torch.cat(ids)
+
+
+def _pieces(tokens: int, head: int, rest: Strategy) -> Iterator[tuple[int, int, Strategy]]:
+    """Cut a node into segments ``[lo, hi)``: its exact head, then the rest."""
+    for begin, end, strategy in ((0, head, EXACT), (head, tokens, rest)):
+        for lo in range(begin, end, SEGMENT_TOKENS):
+            yield lo, min(lo + SEGMENT_TOKENS, end), strategy
+
+
+def _exact_head(cache: KrulRadixCache, node: Any, start: int) -> int:
+    """How many of the node's first tokens stay exact because others may share them.
+
+    Everything above a branch is shared already. A conversation's opening up to its
+    first end of turn (a system prompt) may be shared by the next one.
+    """
+    tokens = len(node.key)
+    if cache.krul.lossy is None or _is_above_branch(node):
+        return tokens
+    head = max(0, SINK_TOKENS - start, _opening(cache, node))
+    return min(tokens, math.ceil(head / cache.page_size) * cache.page_size)
+
+
+def _opening(cache: KrulRadixCache, node: Any) -> int:
+    """How many of the node's tokens precede the end of the conversation's first turn."""
+    ends = cache.krul.turn_ends
+    # From the root: the first turn nearly always ends in the first node.
+    for above in reversed(list(cache.path(node.parent.id))):
+        if not ends.isdisjoint(above.key.token_ids[: len(above.key)]):
+            return 0
+    for offset, token in enumerate(node.key.token_ids[: len(node.key)]):
+        if token in ends:
+            return offset + 1
+    return 0
+
+
+def _is_above_branch(node: Any) -> bool:
+    while len(node.children) == 1:
+        node = next(iter(node.children.values()))
+    return len(node.children) > 1
+
+
+def _make_room(cache: KrulRadixCache, nbytes: int, tokens: int) -> bool:
+    """Fit ``nbytes`` of raw staging under the budget; the same answer on every rank.
+
+    Waits for the encoder first (raw is several times the sealed size), then asks the
+    tree to let stored leaves go, oldest first.
+    """
+    store, agree = cache.krul.store, cache.agree
+    needed = nbytes + tokens * SLOT_BYTES + RECORD_BYTES
+    if agree([needed - store.ledger.limit])[0] > 0:
+        return False
+    fits = store.wait_for_staging(nbytes, STAGING_WAIT_SECONDS)
+    if agree([not fits])[0]:
+        logger.warning("krul: the encoder does not keep up; a conversation was dropped")
+        return False
+    waited = False
+    while True:
+        excess = store.ledger.used + needed - store.ledger.limit
+        excess, victims = agree([excess, _tokens_worth(cache, excess)])
+        if excess <= 0:
+            return True
+        if not waited:
+            store.wait_sealed(STAGING_WAIT_SECONDS)
+            waited = True
+        elif cache.evict_host(victims) == 0:
+            return False
+
+
+def _tokens_worth(cache: KrulRadixCache, nbytes: int) -> int:
+    """How many stored tokens take about ``nbytes``, in whole pages, at least one."""
+    totals = cache.krul.store.totals()
+    held = max(1, cache.krul.store.ledger.used)
+    tokens = math.ceil(max(0, nbytes) * totals["stored_tokens"] / held)
+    return max(1, math.ceil(tokens / cache.page_size)) * cache.page_size

@@ -1,0 +1,69 @@
+"""Exactness marks: how much of a tree node's KV is what an exact prefill would give.
+
+A node's device rows and its stored copy may differ in that, so each has a mark: the
+number of leading tokens that are exact. No mark means all of them. The marks live in
+the node's component metadata and follow it through split, restore and re-eviction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
+
+DEVICE = "krul_exact_on_device"
+STORED = "krul_exact_in_store"
+
+
+def full_data(node: Any) -> Any:
+    """The node's FULL component data (``value``: device rows, ``host_value``: slot ids)."""
+    return node.component_data[ComponentType.FULL]
+
+
+def exact_tokens(node: Any) -> int:
+    """Leading tokens of the node that a request is served exactly, on device or restored."""
+    data = full_data(node)
+    mark = STORED if data.value is None else DEVICE
+    return min(len(node.key), data.metadata.get(mark, len(node.key)))
+
+
+def is_lossy(node: Any) -> bool:
+    """Whether any token of the node is served as KV that is not exact."""
+    return exact_tokens(node) < len(node.key)
+
+
+def mark_stored(node: Any, head: int) -> None:
+    """The node's device rows were just stored, exactly up to ``head`` tokens."""
+    _set(node, STORED, min(head, exact_tokens(node)))
+
+
+def mark_loaded(node: Any) -> None:
+    """The stored copy was just written to the node's device rows."""
+    _set(node, DEVICE, full_data(node).metadata.get(STORED, len(node.key)))
+
+
+def mark_computed(node: Any, exact: bool) -> None:
+    """The device rows were just computed, on a prefix that was exact or was not."""
+    _set(node, DEVICE, len(node.key) if exact else 0)
+
+
+def forget_stored(node: Any) -> None:
+    """The node has no stored copy any more."""
+    full_data(node).metadata.pop(STORED, None)
+
+
+def split(parent: Any, child: Any) -> None:
+    """``parent`` was just split off the front of ``child``; both keys are final."""
+    length = len(parent.key)
+    for mark in (DEVICE, STORED):
+        exact = full_data(child).metadata.pop(mark, None)
+        if exact is not None:
+            _set(parent, mark, min(exact, length))
+            _set(child, mark, max(0, exact - length))
+
+
+def _set(node: Any, mark: str, exact: int) -> None:
+    if exact < len(node.key):
+        full_data(node).metadata[mark] = exact
+    else:
+        full_data(node).metadata.pop(mark, None)

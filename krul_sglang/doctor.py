@@ -105,36 +105,12 @@ def _memory(config: KrulConfig) -> Check:
     )
 
 
-_PROBE = """
-import json, sys
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from krul_sglang import plugin
-from krul_sglang.runtime import hooks, compat
-from sglang.srt.mem_cache.registry import registered_radix_cache_backends
-out = {"loaded": plugin._registered, "missing": hooks.missing(),
-       "backend": "krul" in registered_radix_cache_backends(), "refused": None}
-if sys.argv[1]:
-    from sglang.srt.server_args import ServerArgs
-    from krul_sglang.config import KrulConfig, KrulConfigError
-    record = ServerArgs(model_path=sys.argv[1], device=sys.argv[2] or None,
-                        radix_cache_backend="krul")
-    try:
-        record.resolve_once()
-    except KrulConfigError as error:
-        out["refused"] = str(error)
-    except Exception as error:
-        out["refused"] = f"{type(error).__name__}: {error}".splitlines()[0]
-print("PROBE" + json.dumps(out))
-"""
-
-
 def _inside_sglang(model: Path | None) -> Iterator[Check]:
     from krul_sglang.live_server import has_gpu, server_environment
 
     device = "" if has_gpu() else "cpu"
     done = subprocess.run(
-        [sys.executable, "-c", _PROBE, str(model or ""), device],
+        [sys.executable, "-m", "krul_sglang.runtime.probe", str(model or ""), device],
         capture_output=True,
         text=True,
         env=server_environment(),
@@ -148,7 +124,7 @@ def _inside_sglang(model: Path | None) -> Iterator[Check]:
     probe = json.loads(line.removeprefix("PROBE"))
     yield Check(
         "plugin loaded",
-        probe["loaded"] and probe["backend"],
+        probe["loaded"],
         "yes" if probe["loaded"] else "no",
         "reinstall krul-sglang in this environment; SGLANG_PLUGINS must be unset or name krul",
     )

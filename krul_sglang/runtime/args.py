@@ -45,12 +45,13 @@ def read_flags(record: Any, cls: type, namespace: argparse.Namespace) -> Any:
     try:
         if record.radix_cache_backend == BACKEND:
             values["enabled"] = "1"
-        config = KrulConfig.from_environment(os.environ, **values)
-        if not config.enabled:
+        if not values["enabled"] and not _enabled_by_environment():
+            # Plain SGLang: whatever else KRUL_* says is none of its business.
             stray = [s.flag for s in settings() if values[s.name] is not None]
             if stray:
                 raise KrulConfigError(f"{stray[0]} has no effect without --enable-krul; add it")
             return record
+        config = KrulConfig.from_environment(os.environ, **{**values, "enabled": "1"})
         if record.radix_cache_backend not in (None, BACKEND):
             raise KrulConfigError(
                 f"--radix-cache-backend={record.radix_cache_backend} and --enable-krul choose two "
@@ -62,6 +63,11 @@ def read_flags(record: Any, cls: type, namespace: argparse.Namespace) -> Any:
     setattr(record, ATTRIBUTE, config)
     setattr(record, FROM_CLI, True)
     return record
+
+
+def _enabled_by_environment() -> bool:
+    setting = next(s for s in settings() if s.name == "enabled")
+    return bool(setting.parse_value(os.environ.get(setting.env, "0"), source=setting.env))
 
 
 def check_resolved(original: Callable[[Any], None], record: Any) -> None:

@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from krul_sglang.codec.base import Codec, CodecError, KVRun, KVSpec, SegmentReader
@@ -45,6 +45,33 @@ class StoreStats:
     lost_segments: int = 0
 
 
+@dataclass
+class Held:
+    """What the store holds now, kept up to date so that reading it costs nothing.
+
+    raw_bytes and stored_bytes cover sealed segments only: their quotient is the ratio.
+    """
+
+    segments: int = 0
+    sealed_segments: int = 0
+    lossy_segments: int = 0
+    stored_tokens: int = 0
+    raw_bytes: int = 0
+    stored_bytes: int = 0
+
+    def count(self, segment: Segment, sign: int) -> None:
+        """Add (1) or take away (-1) a segment in the state it is in."""
+        if segment.state is SegmentState.LOST:
+            return
+        self.segments += sign
+        self.lossy_segments += sign * (not segment.exact)
+        self.stored_tokens += sign * segment.live_tokens
+        if segment.state is SegmentState.SEALED:
+            self.sealed_segments += sign
+            self.raw_bytes += sign * segment.raw_bytes
+            self.stored_bytes += sign * segment.stored_bytes
+
+
 class RawReader(SegmentReader):
     """Reads a segment that is not encoded yet."""
 
@@ -70,6 +97,7 @@ class MemoryStore:
         self.spec = spec
         self.ledger = Ledger(limit)
         self.stats = StoreStats()
+        self._held = Held()
         self.lost_count = 0
         self._codec_for = codec_for
         self._fallback = fallback
@@ -121,6 +149,7 @@ class MemoryStore:
             )
             self._next_id += 1
             self._segments[segment.id] = segment
+            self._held.count(segment, 1)
             self._staged_bytes += segment.raw_bytes
             self.ledger.add("staging", segment.raw_bytes)
             self.ledger.add("index", segment.index_bytes)
@@ -179,10 +208,12 @@ class MemoryStore:
             self.stats.encoded_bytes += len(payload)
             if segment.run is None:  # released or lost meanwhile: already settled
                 return
+            self._held.count(segment, -1)
             segment.payload = payload
             segment.codec = name
             segment.run = None
             segment.state = SegmentState.SEALED
+            self._held.count(segment, 1)
             self.ledger.move("staging", "tier", segment.raw_bytes, len(payload))
             self._stop_waiting(segment)
 
@@ -226,6 +257,7 @@ class MemoryStore:
             segment = self._segments.get(segment_id)
             if segment is None or segment.state is SegmentState.LOST:
                 return
+            self._held.count(segment, -1)
             self._drop_bytes(segment)
             segment.state = SegmentState.LOST
             self.lost_count += 1
@@ -237,9 +269,11 @@ class MemoryStore:
         with self._lock:
             for run in runs:
                 segment = self._segments[run.segment]
+                self._held.count(segment, -1)
                 segment.live_tokens -= run.tokens
                 assert segment.live_tokens >= 0, f"segment {segment.id} released twice"
                 if segment.live_tokens:
+                    self._held.count(segment, 1)
                     continue
                 self._drop_bytes(segment)
                 self.ledger.add("index", -segment.index_bytes)
@@ -254,6 +288,7 @@ class MemoryStore:
                 self._drop_bytes(segment)
                 self.ledger.add("index", -segment.index_bytes)
             self._segments.clear()
+            self._held = Held()
             self.lost_count = 0
         return_freed_memory()
 
@@ -274,14 +309,4 @@ class MemoryStore:
     def totals(self) -> dict[str, int]:
         """Segments, tokens, raw-equivalent bytes and sealed bytes held now."""
         with self._lock:
-            segments = list(self._segments.values())
-        live = [s for s in segments if s.state is not SegmentState.LOST]
-        sealed = [s for s in live if s.state is SegmentState.SEALED]
-        return {
-            "segments": len(live),
-            "sealed_segments": len(sealed),
-            "stored_tokens": sum(s.live_tokens for s in live),
-            "raw_bytes": sum(s.raw_bytes for s in sealed),
-            "stored_bytes": sum(s.stored_bytes for s in sealed),
-            "lossy_segments": sum(not s.exact for s in live),
-        }
+            return asdict(self._held)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,7 @@ def test_documented_flags_are_current():
 
 
 def test_version_is_in_one_place():
-    assert "version" not in (ROOT / "pyproject.toml").read_text().split("[project]")[1].split(
-        "dependencies"
-    )[0].replace('dynamic = ["version"]', "").replace("requires-python", "")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "krul_sglang.__version__"
+    assert importlib.metadata.version("krul-sglang") == __version__

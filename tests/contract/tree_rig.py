@@ -374,4 +374,14 @@ class Rig:
         }
         held = store.ledger.snapshot()
         assert {kind: held[kind] for kind in counted} == counted, "the ledger does not add up"
+        kept = [s for s in segments if s.state is not SegmentState.LOST]
+        sealed = [s for s in kept if s.state is SegmentState.SEALED]
+        assert store.totals() == {
+            "segments": len(kept),
+            "sealed_segments": len(sealed),
+            "lossy_segments": sum(not s.exact for s in kept),
+            "stored_tokens": sum(s.live_tokens for s in kept),
+            "raw_bytes": sum(s.raw_bytes for s in sealed),
+            "stored_bytes": sum(s.stored_bytes for s in sealed),
+        }, "the running totals differ from a recount"
         assert store.lost_count == sum(s.state is SegmentState.LOST for s in segments)

@@ -29,8 +29,13 @@ def main() -> None:
     def settle() -> int:
         store.wait_sealed(120)
         gc.collect()
-        time.sleep(1)  # the worker gives memory back after the last seal
-        return psutil.Process().memory_info().rss
+        # The worker gives memory back after the last seal: wait until it has.
+        process, last = psutil.Process(), -1
+        deadline = time.monotonic() + 20
+        while (now := process.memory_info().rss) != last and time.monotonic() < deadline:
+            last = now
+            time.sleep(0.5)
+        return now
 
     rng = random.Random(0)
     stage(64)

@@ -42,6 +42,7 @@ def convert(out: Path) -> None:
     """Convert to ``out``; an interrupted run leaves nothing that looks complete."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = gguf_folder()
@@ -59,10 +60,15 @@ def convert(out: Path) -> None:
     model.hf_quantizer = None
     staging = out.with_name(out.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(staging)
-    shutil.rmtree(out, ignore_errors=True)
-    staging.rename(out)
+    try:
+        model.save_pretrained(staging)
+        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(staging)
+        shutil.rmtree(out, ignore_errors=True)
+        staging.rename(out)
+    except SafetensorError as error:  # how a full disk shows while weights are written
+        raise OSError(str(error)) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def main() -> int:

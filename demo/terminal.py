@@ -274,8 +274,9 @@ def main() -> int:
                 measure(server, console, args.history, pool, config["vocab_size"], args.repeats)
             finally:
                 server.stop()
-    except ServerFailedError as error:
-        console.print(f"[red]error:[/] {error}")
+    except (ServerFailedError, OSError) as error:  # requests' errors are OSErrors
+        what = error if isinstance(error, ServerFailedError) else f"the server is gone: {error}"
+        console.print(f"[red]error:[/] {what}", highlight=False)
         console.print("`krul doctor` checks the installation.")
         return 1
     return 0

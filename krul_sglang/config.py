@@ -90,7 +90,7 @@ def parse_policy(text: str) -> str:
         return text
     near = difflib.get_close_matches(str(text), POLICIES, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"one of {', '.join(POLICIES)}{hint}")
+    raise ValueError(f"one of {_accepted_today('policy')}{hint}")
 
 
 def parse_budget(text: str) -> float:
@@ -113,7 +113,7 @@ def parse_recompute(text: str) -> str:
     except ValueError:
         fraction = math.nan
     if not 0 <= fraction <= 1:
-        raise ValueError("auto, never, or a fraction from 0 to 1 such as 0.25")
+        raise ValueError(f"one of {_accepted_today('recompute')}, from 0 to 1 such as 0.25")
     return str(fraction)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from krul_sglang.config import KrulConfig, KrulConfigError
@@ -258,7 +259,17 @@ def check_input(krul: KrulConfig, record: Any) -> None:
     traceback that does not mention Krul, or rewrite the flags it derives others from.
     """
     check_version()
+    check_model_path(str(record.model_path))
     _raise_first(record, None, krul)
+
+
+def check_model_path(path: str) -> None:
+    """Raise :class:`KrulConfigError` for a local path that is not there.
+
+    SGLang would take it for the name of a model hub's repository and fail on that.
+    """
+    if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().exists():
+        raise KrulConfigError(f"--model-path={path}: no such file or folder")
 
 
 def check_settings(krul: KrulConfig, record: Any) -> None:

@@ -40,7 +40,7 @@ REFUSED = {
         "--krul-policy",
         "losless",
         shows="--krul-policy=losless: ",
-        why="predictive, paper, fixed, lossless (did you mean 'lossless'?)",
+        why="predictive, lossless (did you mean 'lossless'?)",
     ),
     "planned-policy": bad_setting(
         *ON, "--krul-policy", "paper", shows="--krul-policy=paper: ", why="accepted: "
@@ -53,6 +53,13 @@ REFUSED = {
     ),
     "fraction": bad_setting(
         *ON, "--krul-recompute", "1.5", shows="--krul-recompute=1.5: ", why="from 0 to 1"
+    ),
+    "no-model": bad_setting(
+        *ON,
+        "--model-path",
+        "/no/such/model",
+        shows="--model-path=/no/such/model: ",
+        why="no such file or folder",
     ),
     "rate": bad_setting(
         *ON, "--krul-link-bandwidth", "fast", shows="--krul-link-bandwidth=fast: ", why="16MB/s"
@@ -172,6 +179,8 @@ def resolved(bare_configs, resolve) -> dict:
     }
     for name, (model, flags) in ACCEPTED.items():
         cases[name] = {"argv": [*base, str(bare_configs[model]), *flags]}
+    # Plain SGLang does not care what KRUL_* says.
+    cases["without-krul"]["env"] = {"KRUL_POLICY": "nonsense", "KRUL_TYPO": "1"}
     for name, kwargs in ENGINE.items():
         model = {"model_path": str(bare_configs["llama"]), "skip_tokenizer_init": True}
         cases[name] = {"engine": {"device": "cpu", **model, **kwargs}}

@@ -74,12 +74,12 @@ def test_switches_and_paths() -> None:
 
 REFUSED = {
     "enabled": ("maybe", "one of 1, 0, true, false"),
-    "policy": ("losless", "one of predictive, paper, fixed, lossless (did you mean 'lossless'?)"),
+    "policy": ("losless", "one of predictive, lossless (did you mean 'lossless'?)"),
     "quality_budget": ("nan", "a number of nats above 0 and at most 10, such as 0.01"),
     "host_memory": ("-4GB", "a size such as 4GB, 512MiB or a number of bytes"),
     "dir": (" ", "a path"),
     "disk": ("none", "a size such as 4GB, 512MiB or a number of bytes"),
-    "recompute": ("1.5", "auto, never, or a fraction from 0 to 1 such as 0.25"),
+    "recompute": ("1.5", "one of never, FRACTION, from 0 to 1 such as 0.25"),
     "profile": ("", "a path"),
     "link_bandwidth": ("fast", "a rate such as 16MB/s or 2GB/s"),
 }

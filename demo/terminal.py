@@ -173,15 +173,16 @@ def measure(
 ) -> float:
     """Restore one long history against recomputing it; returns the ratio of medians.
 
-    Both are the same request on the same server: the first finds the evicted history
-    in the store, the second follows a flush and finds nothing.
+    Both are the same history with a new turn of 16 tokens, on the same server: one finds
+    the evicted history in the store, the other follows a flush and finds nothing.
     """
     import random
 
     rng = random.Random(7)
     past = [rng.randrange(1000, vocabulary) for _ in range(history)]
     other = [rng.randrange(1000, vocabulary) for _ in range(pool - 64)]
-    turn = [rng.randrange(1000, vocabulary) for _ in range(16)]
+    # Three new turns that differ from their first token on: each has its own 16 to compute.
+    turns = [[first, *(rng.randrange(1000, vocabulary) for _ in range(15))] for first in (7, 8, 9)]
     restored, recomputed, on_device = [], [], []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(f"a history of {history} tokens", total=5 * repeats)
@@ -193,11 +194,11 @@ def measure(
 
         for _ in range(repeats):
             server.flush()
-            recomputed.append(step(past + turn))
-            on_device.append(step(past + turn))
+            recomputed.append(step(past + turns[0]))
+            on_device.append(step(past + turns[1]))
             step(other)  # pushes the history out of the pool
             wait_until_sealed(server)
-            restored.append(step(past + turn))
+            restored.append(step(past + turns[2]))
             step(other)
     table = Table(title=f"A history of {history} tokens comes back (median of {repeats})")
     for column in ("", "restored tokens", "computed tokens", "TTFT"):

@@ -4,8 +4,11 @@
     python benchmarks/quality.py --model DIR --profile FILE --conversations held_out.jsonl \
         --policies predictive,predictive@0.002,lossless,int4,raw_share --json out.json
 
-Policies are the package's codecs (``codec@budget`` for a budget of its own) and the
-baselines below, which are what the field compares with and no part of the package.
+Policies are the package's codecs (``codec@budget`` for a budget of its own), ``fixed`` and
+``paper`` (our reimplementations of MiniCache's layer pairs and of the Krul paper's
+selection, both merged as in MiniCache), ``paper_predictive`` (that selection with the
+predictive codec, also with ``@budget``) and the baselines below, which are what the field
+compares with and no part of the package.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from pathlib import Path
 
 import torch
 
-from krul_sglang.codec.base import KVRun
+from krul_sglang.codec.base import KVRun, KVSpec
+from krul_sglang.codec.predictive import PredictiveCodec
+from krul_sglang.profile.base import Profile
 from krul_sglang.profile.file import load_profile
 from krul_sglang.quality.forward import load_model
 from krul_sglang.quality.measure import (
@@ -29,8 +34,11 @@ from krul_sglang.quality.measure import (
     measure,
     package_policies,
     read_conversations,
+    selecting_policy,
     spec_of,
 )
+from krul_sglang.strategy.base import Strategy
+from krul_sglang.strategy.pairs import fixed_pairs
 
 MODULES = ("argparse", "dataclasses", "socketserver", "tarfile", "zipfile", "pickle", "ast", "uuid")
 
@@ -112,6 +120,46 @@ BASELINES: dict[str, Policy] = {
 }
 
 
+PAPER_PREDICTIVE = "paper_predictive"
+
+
+class _Unguarded(PredictiveCodec):
+    """The guard sees what shared layers cost and refuses them; here that cost is measured."""
+
+    def encode(self, run: KVRun, strategy: Strategy) -> bytes:
+        return self.encode_at(run, strategy, self.profile.step_for(strategy.budget))[0]
+
+
+def paper_predictive(spec: KVSpec, profile: Profile | None, budget: float) -> Policy:
+    """The paper's pairs, each upper layer stored as nothing but its calibrated prediction.
+
+    The prediction starts from the layer just below, whichever layer it is paired with.
+    """
+    if profile is None:
+        raise ValueError(f"{PAPER_PREDICTIVE} needs a profile: run `krul calibrate`")
+    return selecting_policy(
+        _Unguarded(spec, profile),
+        len(fixed_pairs(spec.layers)),
+        lambda pairs: Strategy("predictive", budget, shared=tuple(upper for _, upper in pairs)),
+    )
+
+
+def policies_of(
+    names: list[str], spec: KVSpec, profile: Profile | None, budget: float
+) -> dict[str, Policy]:
+    """Every policy that ``--policies`` names, in that order."""
+    out: dict[str, Policy] = {}
+    for name in names:
+        base, _, own = name.partition("@")
+        if name in BASELINES:
+            out[name] = BASELINES[name]
+        elif base == PAPER_PREDICTIVE:
+            out[name] = paper_predictive(spec, profile, float(own or budget))
+        else:
+            out |= package_policies([name], spec, profile, budget)
+    return out
+
+
 def collect(out: Path, prose: Path | None, per_source: int) -> None:
     """Held-out conversations: people chatting, prose, program text; about 5,000 chars each."""
     rows = []
@@ -160,13 +208,11 @@ def main() -> None:
     model, tokenizer = load_model(options.model)
     profile = load_profile(options.profile) if options.profile else None
     names = options.policies.split(",")
-    own = [name for name in names if name not in BASELINES]
-    known = {**package_policies(own, spec_of(model), profile, options.budget), **BASELINES}
     result = measure(
         model,
         tokenizer,
         read_conversations(options.conversations),
-        {name: known[name] for name in names},
+        policies_of(names, spec_of(model), profile, options.budget),
         options.history,
         options.continuation,
         lambda done: print(f"\r{done:4.0%}", end="", file=sys.stderr, flush=True),

@@ -69,6 +69,30 @@ def doctor(
     raise typer.Exit(run(model))
 
 
+@app.command()
+def calibrate(
+    model: Annotated[Path, typer.Option(help="The model's folder.")],
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A file of prose to calibrate on; repeatable.")
+    ] = None,
+    conversations: Annotated[
+        Path | None, typer.Option(help='JSON Lines of {"id", "messages": [{"role", "content"}]}.')
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write; by default the user's cache folder.")
+    ] = None,
+    tp_size: Annotated[int, typer.Option(min=1, help="Tensor parallel ranks, a file each.")] = 1,
+) -> None:
+    """Measure a model once for the predictive codec; without texts it generates its own."""
+    from krul_sglang.profile.command import run
+
+    try:
+        run(model, text or [], conversations, out, tp_size)
+    except (OSError, ValueError) as error:
+        print(f"krul calibrate: error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
 @app.command("cpu-host")
 def cpu_host() -> None:
     """Activate SGLang's CPU stand-ins in this environment (hosts without a GPU)."""

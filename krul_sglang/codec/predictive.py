@@ -13,8 +13,9 @@ group of layers: token classes, symbols bin by bin, overflow (low bytes, high by
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -23,6 +24,7 @@ import zstandard
 
 from krul_sglang.codec.base import Codec, CodecError, KVRun, KVSpec, SegmentReader
 from krul_sglang.codec.frames import open_frame, pack_payload, unpack_payload
+from krul_sglang.codec.guard import Measured, guarded
 from krul_sglang.codec.lossless import LosslessCodec, check_run, huffman_compressor
 from krul_sglang.codec.symbols import ALPHABETS, bin_bounds, pack, saturated, unpack
 from krul_sglang.strategy.base import EXACT
@@ -42,6 +44,8 @@ STRENGTH = 0.4
 of a token's importance explains 40 % of its variance."""
 GROUP_SYMBOLS = 128 * 1024
 """Layers share a frame until it holds this many symbols, so short runs stay small."""
+MEASURED_TOKENS = 128
+"""About how many tokens of a run the guard looks at."""
 EXPANSION = 512
 """A frame may hold at most this many times its length; what packs better is no KV."""
 
@@ -59,11 +63,16 @@ class _Plan:
         return self.bounds[0][0]
 
 
-def plans_of(profile: Profile, step: float) -> list[_Plan]:
-    """Every layer's :class:`_Plan`; deterministic, so that nothing of it is stored."""
+def plans_of(profile: Profile, step: float, shared: Collection[int] = ()) -> list[_Plan]:
+    """Every layer's :class:`_Plan`; deterministic, so that nothing of it is stored.
+
+    A layer in ``shared`` stores no coefficient: it is its prediction.
+    """
     out = []
-    for maps in profile.layers:
+    for layer, maps in enumerate(profile.layers):
         sigma = maps.sigma.double().numpy()
+        if layer in shared:
+            sigma = np.zeros_like(sigma)
         out.append(_Plan(maps, [bin_bounds(sigma, step * factor) for factor in FACTORS]))
     return out
 
@@ -116,12 +125,15 @@ class PredictiveCodec(Codec):
         )
 
     def encode(self, run: KVRun, strategy: Strategy) -> bytes:
-        """The payload of ``run`` at the step that stands for ``strategy.budget``."""
-        return self.encode_at(run, strategy, self.profile.step_for(strategy.budget))
+        """The payload of ``run`` at the coarsest step that the guard lets through.
+
+        Raises ValueError where none is, and for KV the codec cannot hold.
+        """
+        return guarded(self.profile, strategy.budget, partial(self.encode_at, run, strategy))
 
     @torch.no_grad()
-    def encode_at(self, run: KVRun, strategy: Strategy, step: float) -> bytes:
-        """The payload at a given ``step`` (calibration and the guard choose their own)."""
+    def encode_at(self, run: KVRun, strategy: Strategy, step: float) -> tuple[bytes, Measured]:
+        """The payload at a given ``step``, and what it cost (calibration, the guard)."""
         spec, profile = self.spec, self.profile
         check_run(run, spec)
         sinks = min(run.tokens, max(0, SINKS - run.start))
@@ -132,10 +144,12 @@ class PredictiveCodec(Codec):
             frames = [self._sinks.encode(head, EXACT)]
         tokens = run.tokens - sinks
         tables = profile.rope.tables(run.start + sinks, tokens)
-        plans = plans_of(profile, step)
+        plans = plans_of(profile, step, strategy.shared)
         chosen = _given_classes(strategy.classes, spec.layers, run.tokens)
         below: torch.Tensor | None = None
         sizes: list[int] = []
+        novelty: list[float] = []
+        error = 0.0
         for a, b in _groups(spec.layers, tokens * _dim(spec)):
             parts: list[bytes] = []
             counts, symbols = [], []
@@ -146,7 +160,12 @@ class PredictiveCodec(Codec):
                     raise ValueError("NaN or infinite values")
                 maps = plans[layer].maps
                 classes = _judge(x, maps) if chosen is None else chosen[layer, sinks:]
-                quantized, below, count = _encode_layer(x, below, plans[layer], classes, step)
+                plan = plans[layer]
+                quantized, below, count, residual = _encode_layer(x, below, plan, classes, step)
+                if tokens:
+                    cost, distance = _measure(residual, x, below, maps)
+                    error += cost
+                    novelty.append(distance)
                 parts.append(_pack_classes(classes))
                 counts.append(count)
                 symbols.append(quantized)
@@ -168,8 +187,10 @@ class PredictiveCodec(Codec):
             frame, size = _compress(blocks)
             frames.append(frame)
             sizes.append(size)
-        extra_fields = {"profile": profile.id, "step": step, "sizes": sizes}
-        return pack_payload(self.name, spec, run.tokens, run.start, frames, extra_fields)
+        shared = sorted(set(strategy.shared))
+        extra_fields = {"profile": profile.id, "step": step, "sizes": sizes, "shared": shared}
+        payload = pack_payload(self.name, spec, run.tokens, run.start, frames, extra_fields)
+        return payload, Measured(error, tuple(novelty))
 
     def open(self, payload: bytes) -> SegmentReader:
         """Check header and sizes; frames are checked as they are read."""
@@ -197,14 +218,27 @@ def _judge(x: torch.Tensor, maps: LayerMaps) -> np.ndarray:
     return level.clamp_(0, len(FACTORS) - 1).to(torch.uint8).numpy()
 
 
+def _measure(
+    residual: torch.Tensor, x: torch.Tensor, rebuilt: torch.Tensor, maps: LayerMaps
+) -> tuple[float, float]:
+    """Error of a layer in the importance metric, a token's mean, and how far its tokens
+    are from what the profile has seen (Mahalanobis distance over its dimensions, 1 = at home)."""
+    rows = slice(None, None, max(1, len(x) // MEASURED_TOKENS))
+    error = (x[rows] - rebuilt[rows]) @ maps.forward
+    distance = (residual @ maps.forward) / maps.sigma
+    return float(error.square().sum(1).mean()), float(distance.square().mean())
+
+
 def _encode_layer(
     x: torch.Tensor, below: torch.Tensor | None, plan: _Plan, classes: np.ndarray, step: float
-) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
-    """Symbols ``[tokens by class, width]`` int32, the rebuilt layer, tokens of each class."""
+) -> tuple[np.ndarray, torch.Tensor, np.ndarray, torch.Tensor]:
+    """Symbols ``[tokens by class, width]`` int32, the rebuilt layer, tokens of each class,
+    and a sample of the rows that were to be coded."""
     order = torch.from_numpy(np.argsort(classes, kind="stable"))
     count = np.bincount(classes, minlength=len(FACTORS))
     rows = _predict(below, plan.maps, order)
     residual = x[order].sub_(rows)
+    sample = residual[:: max(1, len(x) // MEASURED_TOKENS)].clone()
     symbols = np.zeros((len(x), plan.width), np.int32)
     for c, begin, end in _slabs(count):
         width, scale = plan.bounds[c][0], step * FACTORS[c]
@@ -218,7 +252,7 @@ def _encode_layer(
         rows[begin:end].addmm_(torch.from_numpy(y), plan.maps.inverse[:width], alpha=scale)
     rebuilt = residual  # its memory is free now
     rebuilt[order] = rows
-    return symbols, rebuilt, count
+    return symbols, rebuilt, count, sample
 
 
 def _slabs(count: np.ndarray) -> Iterator[tuple[int, int, int]]:
@@ -268,7 +302,7 @@ class _PredictiveReader(SegmentReader):
 
     def __init__(self, payload: bytes, codec: PredictiveCodec) -> None:
         spec = codec.spec
-        fields = {"profile": str, "step": float, "sizes": list}
+        fields = {"profile": str, "step": float, "sizes": list, "shared": list}
         header, frames = unpack_payload(payload, codec.name, spec, fields)
         if header["profile"] != codec.profile.id:
             raise CodecError(f"written with profile {header['profile'][:16]!r}, not this one")
@@ -276,6 +310,9 @@ class _PredictiveReader(SegmentReader):
         if not 1e-30 < step < 1e30:
             raise CodecError("step out of range")
         self._spec, self._profile, self._step = spec, codec.profile, step
+        self._shared: list[int] = header["shared"]
+        if len(self._shared) > spec.layers or any(type(n) is not int for n in self._shared):
+            raise CodecError("the list of shared layers is none")
         self.tokens: int = header["tokens"]
         self.start: int = header["start"]
         self._skip = min(self.tokens, max(0, SINKS - self.start))
@@ -319,7 +356,7 @@ class _PredictiveReader(SegmentReader):
 
     def _rebuild(self, lo: int, hi: int) -> Iterator[torch.Tensor]:
         """float32 ``[hi - lo, dim]`` of each layer, keys before RoPE; not to be changed."""
-        plans = plans_of(self._profile, self._step)
+        plans = plans_of(self._profile, self._step, self._shared)
         decompressor = zstandard.ZstdDecompressor()
         below: torch.Tensor | None = None
         for (a, b), frame, size in zip(self._groups, self._frames, self._sizes, strict=True):

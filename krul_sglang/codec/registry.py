@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _CLASSES = {
     "lossless": ("krul_sglang.codec.lossless", "LosslessCodec"),
     "int4": ("krul_sglang.codec.int4", "Int4Codec"),
+    "pair_merge": ("krul_sglang.codec.pair_merge", "PairMergeCodec"),
     "predictive": ("krul_sglang.codec.predictive", "PredictiveCodec"),
 }
 _NEEDS_PROFILE = frozenset({"predictive"})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from krul_sglang.profile.base import LayerMaps, Profile, ProfileError
 from krul_sglang.profile.rope import Rope
 
-FORMAT = "1"
+FORMAT = "2"
 _SAMPLE = 1 << 16
 _STRIDE = 1 << 24
 _LAYER_TENSORS = ("bias", "down", "up", "forward", "inverse", "sigma", "token")
@@ -81,6 +83,7 @@ def save_profile(profile: Profile, path: str | Path) -> None:
         "v_head_dim": profile.v_head_dim,
         "rope_scale": profile.rope.scale,
         "curve": [list(point) for point in profile.curve],
+        "novelty": list(profile.novelty),
         "id": profile.id,
     }
     metadata["shape"] = json.dumps(shape)
@@ -127,12 +130,14 @@ def load_profile(path: str | Path, expected: Mapping[str, str] | None = None) ->
             v_head_dim=int(shape["v_head_dim"]),
             rope=Rope(tensors["rope.inv_freq"], float(shape["rope_scale"])),
             layers=layers,
-            curve=[(float(step), float(kl)) for step, kl in shape["curve"]],
+            curve=[(float(step), float(kl), float(err)) for step, kl, err in shape["curve"]],
+            novelty=[float(distance) for distance in shape["novelty"]],
             fingerprint=found,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ProfileError(f"{path}: damaged profile ({error!r})") from error
     _check_shapes(profile, path)
+    _check_curve(profile, path)
     if profile.id != shape.get("id"):
         raise ProfileError(f"{path}: damaged profile (id differs from its contents)")
     return profile
@@ -145,6 +150,14 @@ def _compare(found: Mapping[str, str], expected: Mapping[str, str], path: str | 
                 f"{path}: {name} of the profile is {found.get(name)!r}, of the model {want!r}; "
                 "run `krul calibrate` again"
             )
+
+
+def _check_curve(profile: Profile, path: str | Path) -> None:
+    columns = list(zip(*profile.curve, strict=True))
+    rising = all(a < b for column in columns for a, b in itertools.pairwise(column))
+    figures = [x for column in columns for x in column] + list(profile.novelty)
+    if len(profile.curve) < 2 or not rising or not all(0 < x < math.inf for x in figures):
+        raise ProfileError(f"{path}: damaged profile (its curve does not rise)")
 
 
 def _check_shapes(profile: Profile, path: str | Path) -> None:

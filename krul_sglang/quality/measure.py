@@ -7,6 +7,7 @@ continuation is the conversation's own text, teacher-forced.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -22,9 +23,24 @@ from krul_sglang.codec.registry import make_codec, needs_profile
 from krul_sglang.profile.conversations import chat_ids
 from krul_sglang.quality.forward import Divergence, continuation_logits, divergence, history_kv
 from krul_sglang.strategy.base import Strategy
+from krul_sglang.strategy.pairs import fixed_pairs, select_pairs
 
 if TYPE_CHECKING:
     from krul_sglang.profile.base import Profile
+
+
+ATTENTION_ROWS = 64
+"""Query rows at the end of a history from which the paper's policy chooses its pairs."""
+
+
+@dataclass(frozen=True)
+class History(KVRun):
+    """A run that can also say how its last tokens attend to it.
+
+    attention: :func:`attention_rows` of the history, computed on the first call.
+    """
+
+    attention: Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +54,7 @@ class Restored:
     decode_s: float = 0.0
 
 
-Policy = Callable[[KVRun], Restored]
+Policy = Callable[[History], Restored]
 
 
 @dataclass(frozen=True)
@@ -107,19 +123,82 @@ def codec_policy(codec: Codec, strategy: Strategy) -> Policy:
     return restore
 
 
+def selecting_policy(
+    codec: Codec, pairs: int, strategy: Callable[[tuple[tuple[int, int], ...]], Strategy]
+) -> Policy:
+    """A policy whose ``strategy`` is made of the pairs that the paper selects for a history.
+
+    pairs: the target number. Selecting is not part of the encoding time.
+    """
+
+    def restore(history: History) -> Restored:
+        chosen = select_pairs(history.attention(), pairs)
+        return codec_policy(codec, strategy(chosen))(history)
+
+    return restore
+
+
 def package_policies(
     names: Sequence[str], spec: KVSpec, profile: Profile | None, budget: float
 ) -> dict[str, Policy]:
     """The package's codecs by name, ``codec@budget`` for another budget than ``budget``.
 
+    ``fixed`` and ``paper`` are ``pair_merge`` with MiniCache's pairs and with as many
+    pairs as those, selected per history as in the Krul paper: our reimplementations.
     Raises ValueError for a name that is none, or where a profile is needed and missing.
     """
     out: dict[str, Policy] = {}
+    fixed = fixed_pairs(spec.layers)
     for name in names:
+        if name == "fixed":
+            merge = make_codec("pair_merge", spec)
+            out[name] = codec_policy(merge, Strategy("pair_merge", pairs=fixed))
+            continue
+        if name == "paper":
+            merge = make_codec("pair_merge", spec)
+            out[name] = selecting_policy(
+                merge, len(fixed), lambda pairs: Strategy("pair_merge", pairs=pairs)
+            )
+            continue
         codec, _, own = name.partition("@")
         made = make_codec(codec, spec, profile if needs_profile(codec) else None)
         out[name] = codec_policy(made, Strategy(codec, float(own or budget)))
     return out
+
+
+@torch.no_grad()
+def attention_rows(
+    model: Any, ids: Sequence[int], k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """Attention probabilities of the last tokens, ``[layers, heads, queries, keys]`` float32.
+
+    The last :data:`ATTENTION_ROWS` of ``ids`` (all of them if fewer) are fed after the
+    cache ``(k, v)`` of the rest; keys are all of ``ids``. Raises ValueError where the model
+    reports no attention, or not that of every layer.
+    """
+    from transformers import DynamicCache
+
+    cut = max(0, len(ids) - ATTENTION_ROWS)
+    cache = DynamicCache()
+    for layer in range(k.shape[0] if cut else 0):
+        head_k, head_v = (x[layer, :cut].transpose(0, 1)[None].float() for x in (k, v))
+        cache.update(head_k, head_v, layer)
+    kept = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # no other one returns its probabilities
+    try:
+        output = model(
+            torch.tensor([list(ids[cut:])]),
+            past_key_values=cache,
+            use_cache=True,
+            output_attentions=True,
+            logits_to_keep=1,
+        )
+    finally:
+        model.set_attn_implementation(kept)
+    rows = [row[0] for row in output.attentions or () if row is not None]
+    if len(rows) != k.shape[0] or any(row.shape[-1] != len(ids) for row in rows):
+        raise ValueError("this model does not report the attention of every layer")
+    return torch.stack(rows).float()
 
 
 def spec_of(model: Any) -> KVSpec:
@@ -154,8 +233,9 @@ def measure(
         following = ids[history : history + continuation]
         k, v = (x.bfloat16() for x in history_kv(model, ids[:history]))
         full = continuation_logits(model, k, v, following)
+        attention = functools.cache(functools.partial(attention_rows, model, ids[:history], k, v))
         for name, policy in policies.items():
-            run = KVRun(k.clone(), v.clone(), 0)
+            run = History(k.clone(), v.clone(), 0, attention)
             restored = policy(run)
             logits = continuation_logits(model, restored.k, restored.v, following)
             _add(totals[name], conversation, run, restored, divergence(full, logits, following))

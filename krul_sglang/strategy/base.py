@@ -14,11 +14,16 @@ class Strategy:
     classes: how much each token matters, one byte each: 0 the most, 3 the least.
         ``tokens`` bytes (the same for all layers) or ``layers * tokens``; empty lets
         the codec judge from the keys.
+    pairs: ``(lower, upper)`` layers that ``pair_merge`` merges.
+    shared: layers that ``predictive`` stores as nothing but their prediction from
+        the layer below.
     """
 
     codec: str
     budget: float = 0.0
     classes: bytes = b""
+    pairs: tuple[tuple[int, int], ...] = ()
+    shared: tuple[int, ...] = ()
 
 
 EXACT = Strategy(codec="lossless")

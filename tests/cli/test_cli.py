@@ -35,7 +35,7 @@ def test_version():
 
 def test_help_names_every_command():
     text = krul("--help").stdout
-    for command in ("serve", "doctor", "cpu-host", "docs"):
+    for command in ("serve", "doctor", "calibrate", "cpu-host", "docs"):
         assert command in text
 
 
@@ -86,3 +86,22 @@ def test_version_is_in_one_place():
     assert "version" in project["project"]["dynamic"]
     assert project["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "krul_sglang.__version__"
     assert importlib.metadata.version("krul-sglang") == __version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--model", "/nowhere"), "/nowhere: no readable config.json"),
+        (("--model", "{model}", "--text", "/nowhere.txt"), "/nowhere.txt"),
+        (("--model", "{model}", "--text", "{model}/config.json"), "of 900 tokens"),
+        (("--model", "{model}", "--conversations", "{model}/config.json"), "line 1"),
+    ],
+)
+def test_calibrate_says_what_is_wrong_in_one_line(chat_model: Path, arguments, named):
+    done = krul("calibrate", *(part.format(model=chat_model) for part in arguments))
+    assert done.returncode == 2
+    (line,) = [
+        text for text in done.stderr.splitlines() if text.startswith("krul calibrate: error")
+    ]
+    assert named in line
+    assert "Traceback" not in done.stderr

@@ -39,7 +39,9 @@ def make_profile() -> Profile:
         for seed in (3, 4)
     ]
     maps, _ = fit(samples, 0.1, ROUNDING)
-    return Profile(HEADS, DIM, DIM, ROPE, maps, [(0.05, 0.001), (0.1, 0.01), (0.2, 0.05)])
+    return Profile(
+        HEADS, DIM, DIM, ROPE, maps, [(0.05, 0.001, 0.01), (0.1, 0.01, 0.04), (0.2, 0.05, 0.15)]
+    )
 
 
 def make_run(tokens: int, seed: int, dtype: str, start: int = 0) -> KVRun:

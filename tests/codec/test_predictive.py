@@ -74,10 +74,10 @@ def test_encoding_what_was_decoded_changes_no_byte(
     seed: int, budget: float, classes: bytes
 ) -> None:
     strategy = Strategy("predictive", budget, bytes(b & 3 for b in classes))
-    codec = PredictiveCodec(spec_of("float32"), PROFILE)
-    payload = codec.encode(make_run(60, seed, "float32"), strategy)
+    codec, step = PredictiveCodec(spec_of("float32"), PROFILE), PROFILE.step_for(budget)
+    payload, _ = codec.encode_at(make_run(60, seed, "float32"), strategy, step)
     again = KVRun(*decode(payload, "float32", 0, 60), 0)
-    assert codec.encode(again, strategy) == payload
+    assert codec.encode_at(again, strategy, step)[0] == payload
 
 
 def test_a_smaller_budget_costs_bytes_and_buys_precision() -> None:

@@ -36,9 +36,9 @@ def model_dir(tmp_path: Path) -> Path:
 
 
 def make(model_dir: Path) -> Profile:
-    curve = [(0.1, 0.001), (0.2, 0.01)]
+    curve = [(0.1, 0.001, 0.01), (0.2, 0.01, 0.04)]
     layers = [layer(0, 1), layer(5, 2)]
-    return Profile(2, 8, 8, Rope(torch.rand(4), 1.5), layers, curve, fingerprint(model_dir))
+    return Profile(2, 8, 8, Rope(torch.rand(4), 1.5), layers, curve, fingerprint(model_dir), [1.0])
 
 
 def test_everything_comes_back(model_dir: Path, tmp_path: Path) -> None:
@@ -101,7 +101,11 @@ def test_a_budget_is_looked_up_between_measured_points(model_dir: Path) -> None:
     assert profile.step_for(0.001) == pytest.approx(0.1)
     assert profile.step_for(0.01) == pytest.approx(0.2)
     assert 0.1 < profile.step_for(0.003) < 0.2
-    assert profile.step_for(1e-9) == profile.step_for(1e-8) < 0.1
+    assert profile.step_for(1e-5) < 0.1
+    for step in (0.02, 0.1, 0.17, 0.25):
+        kl, error = profile.cost_at(step)
+        assert profile.step_for(kl) == pytest.approx(step)
+        assert error == pytest.approx(step**2)
     assert profile.step_for(5.0) == profile.step_for(9.0) > 0.2
     with pytest.raises(ValueError, match="exact"):
         profile.step_for(0.0)

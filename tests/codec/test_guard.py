@@ -1,0 +1,91 @@
+"""The guard: what it lets through, what it makes finer, what it gives up on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from small_profile import PROFILE, make_run, spec_of
+
+from krul_sglang.codec.base import KVRun
+from krul_sglang.codec.guard import (
+    FINER,
+    FOREIGN,
+    TRIES,
+    UNLIKE,
+    UNLIKE_COST,
+    Measured,
+    distance,
+    expected_kl,
+    guarded,
+    quarters,
+)
+from krul_sglang.codec.predictive import PredictiveCodec
+from krul_sglang.strategy.base import Strategy
+
+HOME = replace(PROFILE, novelty=[1.0, 2.0])
+BUDGET = 0.01
+
+
+def steps_tried(error: float, novelty: tuple[float, ...]) -> tuple[list[float], bytes | None]:
+    """The steps the guard asks for when every encoding measures the same, and its choice."""
+    tried: list[float] = []
+
+    def encode_at(step: float) -> tuple[bytes, Measured]:
+        tried.append(step)
+        return str(step).encode(), Measured(error, novelty)
+
+    try:
+        return tried, guarded(HOME, BUDGET, encode_at)
+    except ValueError:
+        return tried, None
+
+
+def test_text_like_the_calibration_keeps_the_budgets_step() -> None:
+    step = HOME.step_for(BUDGET)
+    _, error = HOME.cost_at(step)
+    tried, payload = steps_tried(error, (1.5, 3.0))
+    assert tried == [step]
+    assert payload == str(step).encode()
+
+
+def test_more_error_and_unlike_text_are_coded_finer() -> None:
+    step = HOME.step_for(BUDGET)
+    kl, error = HOME.cost_at(step)
+    home = Measured(error, (1.0, 2.0))
+    assert expected_kl(HOME, home, step) == pytest.approx(kl)
+    assert expected_kl(HOME, replace(home, error=3 * error), step) == pytest.approx(3 * kl)
+    # The second of two layers is far from its own part of the calibration text.
+    unlike = replace(home, novelty=(1.0, 2.0 * UNLIKE * 1.01))
+    assert expected_kl(HOME, unlike, step) == pytest.approx(UNLIKE_COST * kl)
+    tried, payload = steps_tried(1e-9, unlike.novelty)
+    assert payload is not None
+    assert tried == pytest.approx([step / FINER**i for i in range(len(tried))])
+    assert len(tried) > 2
+    assert expected_kl(HOME, Measured(1e-9, unlike.novelty), tried[-1]) <= BUDGET * 1.001
+    assert expected_kl(HOME, Measured(1e-9, unlike.novelty), tried[-2]) > BUDGET
+
+
+def test_foreign_keys_are_given_up_at_once_and_stubborn_error_after_some_tries() -> None:
+    assert steps_tried(0.0, (FOREIGN * 1.01, 0.0)) == ([HOME.step_for(BUDGET)], None)
+    tried, payload = steps_tried(1e3, (1.0, 1.0))
+    assert payload is None
+    assert len(tried) == TRIES
+
+
+def test_no_tokens_cost_nothing() -> None:
+    assert distance(HOME, Measured(0.0, ())) == 0.0
+    assert quarters(()) == []
+    assert quarters(range(8)) == [0.5, 2.5, 4.5, 6.5]
+    assert quarters([3.0]) == [3.0]
+
+
+def test_the_codec_measures_real_runs() -> None:
+    """More error at a coarser step, more distance for keys that no layer below predicts."""
+    codec, strategy = PredictiveCodec(spec_of("float32"), PROFILE), Strategy("predictive", BUDGET)
+    run = make_run(300, 7, "float32")
+    fine, coarse = (codec.encode_at(run, strategy, step)[1] for step in (0.05, 0.2))
+    assert 0 < fine.error < coarse.error
+    assert all(0.5 < layer < 2 for layer in fine.novelty)
+    shuffled = KVRun(run.k.flip(1), run.v, 0)
+    assert max(codec.encode_at(shuffled, strategy, 0.05)[1].novelty) > 2 * max(fine.novelty)

@@ -2,9 +2,9 @@
 
 Calibration measures, on text the fit has not seen, the divergence of the finished codec
 at several steps, its error in the importance metric, and how far that text is from the
-samples. The guard holds a segment's own figures against these: more error means more
-divergence in proportion; text far from anything calibrated is coded much finer, because
-what its errors cost is not known. It is an estimate of a future divergence from the KV
+samples. The guard holds a segment's own figures against these: error beyond the usual
+spread means more divergence in proportion; text far from anything calibrated is coded
+much finer, because what its errors cost is not known. It is an estimate from the KV
 alone. Its coverage is measured, not proven (docs/quality.md).
 """
 
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from krul_sglang.profile.base import Profile
 
+ERROR_SPREAD = 1.5
+"""Error, against held-out calibration text, that the profile's margin already covers."""
 UNLIKE = 1.6
 """Distance, against held-out calibration text, from which a text counts as unlike it: of 118
 chats, plays and programs none was beyond, of 27 texts in other languages or of no language
@@ -62,7 +64,11 @@ def expected_kl(profile: Profile, measured: Measured, step: float) -> float:
     if far > FOREIGN:
         return float("inf")
     kl, error = profile.cost_at(step)
-    return kl * max(1.0, measured.error / error) * (UNLIKE_COST if far > UNLIKE else 1.0)
+    return (
+        kl
+        * max(1.0, measured.error / error / ERROR_SPREAD)
+        * (UNLIKE_COST if far > UNLIKE else 1.0)
+    )
 
 
 def guarded(

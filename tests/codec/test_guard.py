@@ -9,6 +9,7 @@ from small_profile import PROFILE, make_run, spec_of
 
 from krul_sglang.codec.base import KVRun
 from krul_sglang.codec.guard import (
+    ERROR_SPREAD,
     FINER,
     FOREIGN,
     TRIES,
@@ -54,7 +55,8 @@ def test_more_error_and_unlike_text_are_coded_finer() -> None:
     kl, error = HOME.cost_at(step)
     home = Measured(error, (1.0, 2.0))
     assert expected_kl(HOME, home, step) == pytest.approx(kl)
-    assert expected_kl(HOME, replace(home, error=3 * error), step) == pytest.approx(3 * kl)
+    larger = replace(home, error=3 * ERROR_SPREAD * error)
+    assert expected_kl(HOME, larger, step) == pytest.approx(3 * kl)
     # The second of two layers is far from its own part of the calibration text.
     unlike = replace(home, novelty=(1.0, 2.0 * UNLIKE * 1.01))
     assert expected_kl(HOME, unlike, step) == pytest.approx(UNLIKE_COST * kl)

@@ -1,6 +1,7 @@
 """What a restored cache costs in quality, and what it saves: policies and baselines.
 
     python benchmarks/quality.py --collect held_out.jsonl --prose DIR
+    python benchmarks/quality.py --model DIR --collect-unlike unlike.jsonl
     python benchmarks/quality.py --model DIR --profile FILE --conversations held_out.jsonl \
         --policies predictive,predictive@0.002,lossless,int4,raw_share --json out.json
 
@@ -14,9 +15,11 @@ compares with and no part of the package.
 from __future__ import annotations
 
 import argparse
+import base64
 import importlib
 import inspect
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -40,6 +43,7 @@ from krul_sglang.quality.measure import (
 from krul_sglang.strategy.base import Strategy
 from krul_sglang.strategy.pairs import fixed_pairs
 
+LOCALES = ["fr_FR", "de_DE", "ru_RU", "zh_CN", "ar_AA", "el_GR", "ja_JP", "pl_PL", "he_IL", "th_TH"]
 MODULES = ("argparse", "dataclasses", "socketserver", "tarfile", "zipfile", "pickle", "ast", "uuid")
 
 
@@ -177,18 +181,48 @@ def collect(out: Path, prose: Path | None, per_source: int) -> None:
     texts = [("code", name, inspect.getsource(importlib.import_module(name))) for name in MODULES]
     for path in sorted(prose.glob("*.txt"))[:per_source] if prose else ():
         texts.append(("prose", path.stem, path.read_text(errors="replace")[20000:]))
-    for source, name, text in texts:
-        messages = [
-            {"role": "user", "content": "Read this."},
-            {"role": "assistant", "content": text[:9000]},
-        ]
-        rows.append({"id": f"{source}/{name}", "messages": messages})
+    rows += [_read_this(f"{source}/{name}", text) for source, name, text in texts]
     out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def collect_unlike(out: Path, model: Path) -> None:
+    """Texts no calibration has seen the like of: other languages, and no language at all."""
+    from faker import Faker  # PyPI, MIT
+    from transformers import AutoTokenizer
+
+    gen = random.Random(0)
+    Faker.seed(0)
+    texts = []
+    for locale in LOCALES:
+        paragraphs = Faker(locale).paragraphs(40)
+        texts.append((f"language/{locale}", "\n".join(paragraphs * 3)))
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    for i in range(5):
+        texts.append((f"base64/{i}", base64.b64encode(gen.randbytes(8000)).decode()))
+        ids = [gen.randrange(len(tokenizer)) for _ in range(1600)]
+        texts.append((f"random/{i}", tokenizer.decode(ids, skip_special_tokens=True)))
+        numbers = [str(gen.randrange(10 ** gen.randrange(1, 8))) for _ in range(3000)]
+        texts.append((f"numbers/{i}", " ".join(numbers)))
+    for i, phrase in enumerate(("The quick brown fox jumps over the lazy dog. ", "0", "ab\n")):
+        texts.append((f"repeated/{i}", phrase * 3000))
+    out.write_text("".join(json.dumps(_read_this(name, text)) + "\n" for name, text in texts))
+
+
+def _read_this(identity: str, text: str) -> dict[str, object]:
+    """A conversation that is one long text."""
+    messages = [
+        {"role": "user", "content": "Read this."},
+        {"role": "assistant", "content": text[:9000]},
+    ]
+    return {"id": identity, "messages": messages}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--collect", type=Path, metavar="OUT", help="write held-out conversations")
+    parser.add_argument(
+        "--collect-unlike", type=Path, metavar="OUT", help="write texts unlike any calibration"
+    )
     parser.add_argument("--prose", type=Path, help="directory of .txt files for --collect")
     parser.add_argument("--per-source", type=int, default=8)
     parser.add_argument("--model", type=Path)
@@ -202,6 +236,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.collect:
         collect(options.collect, options.prose, options.per_source)
+        return
+    if options.collect_unlike and options.model:
+        collect_unlike(options.collect_unlike, options.model)
         return
     if not options.model or not options.conversations:
         parser.error("--model and --conversations are needed")

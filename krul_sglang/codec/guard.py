@@ -10,6 +10,7 @@ alone. Its coverage is measured, not proven (docs/quality.md).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,8 +29,7 @@ UNLIKE_COST = 16.0
 """How much more an error may cost in unlike text: random tokens showed up to 14 times."""
 FOREIGN = 6.0
 """Distance from which nothing is assumed at all."""
-FINER = 1.5
-TRIES = 6
+TRIES = 4
 QUARTERS = 4
 
 
@@ -58,33 +58,31 @@ def distance(profile: Profile, measured: Measured) -> float:
     return max((a / b for a, b in found), default=0.0)
 
 
-def expected_kl(profile: Profile, measured: Measured, step: float) -> float:
-    """Nats of mean KL that a restored run is expected to cost; infinite for foreign KV."""
+def penalty(profile: Profile, measured: Measured, step: float) -> float:
+    """How much more than held-out text a run encoded at ``step`` is expected to cost: 1 for
+    text like it, infinite for foreign KV."""
     far = distance(profile, measured)
     if far > FOREIGN:
-        return float("inf")
-    kl, error = profile.cost_at(step)
-    return (
-        kl
-        * max(1.0, measured.error / error / ERROR_SPREAD)
-        * (UNLIKE_COST if far > UNLIKE else 1.0)
-    )
+        return math.inf
+    _, error = profile.cost_at(step)
+    return max(1.0, measured.error / error / ERROR_SPREAD) * (UNLIKE_COST if far > UNLIKE else 1.0)
 
 
 def guarded(
     profile: Profile, budget: float, encode_at: Callable[[float], tuple[bytes, Measured]]
 ) -> bytes:
-    """The payload at the coarsest step tried whose expected cost is within ``budget``.
+    """The payload at a step whose expected cost is within ``budget``, the budget's own first.
 
-    Raises ValueError where none is; the caller stores such a run losslessly.
+    Raises ValueError where none is found; the caller stores such a run losslessly.
     """
-    step = profile.step_for(budget)
+    allowed = budget
     for _ in range(TRIES):
+        step = profile.step_for(allowed)
         payload, measured = encode_at(step)
-        kl = expected_kl(profile, measured, step)
-        if kl <= budget * 1.001:
+        cost = penalty(profile, measured, step)
+        if cost * allowed <= budget * 1.001:
             return payload
-        if kl == float("inf"):
+        if cost == math.inf:
             break
-        step /= FINER
+        allowed = budget / cost
     raise ValueError(f"no step keeps this run within {budget:g} nats")

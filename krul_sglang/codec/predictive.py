@@ -13,8 +13,7 @@ group of layers: token classes, symbols bin by bin, overflow (low bytes, high by
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,8 +24,18 @@ import zstandard
 from krul_sglang.codec.base import Codec, CodecError, KVRun, KVSpec, SegmentReader
 from krul_sglang.codec.frames import open_frame, pack_payload, unpack_payload
 from krul_sglang.codec.guard import Measured, guarded
+from krul_sglang.codec.layout import (
+    FACTORS,
+    Cell,
+    Plan,
+    cells_of,
+    groups_of,
+    pack_classes,
+    plans_of,
+    unpack_classes,
+)
 from krul_sglang.codec.lossless import LosslessCodec, check_run, huffman_compressor
-from krul_sglang.codec.symbols import ALPHABETS, bin_bounds, pack, saturated, unpack
+from krul_sglang.codec.symbols import ALPHABETS, pack, saturated, unpack
 from krul_sglang.strategy.base import EXACT
 
 if TYPE_CHECKING:
@@ -37,75 +46,15 @@ SINKS = 4
 """Tokens at the start of a sequence that are kept at 16 bits: attention sinks."""
 ROUNDING = 0.4
 """Dead zone: less than this share of a step rounds up; saves 5 % at equal divergence."""
-FACTORS = tuple(2.0 ** (0.75 * (c - 2)) for c in range(4))
-"""Step of a token's class against the segment's step, the most important class first."""
 STRENGTH = 0.4
 """How far a step follows 1/sqrt(importance), whose exponent would be 0.5: the guess
 of a token's importance explains 40 % of its variance."""
-GROUP_SYMBOLS = 128 * 1024
-"""Layers share a frame until it holds this many symbols, so short runs stay small."""
 MEASURED_TOKENS = 128
 """About how many tokens of a run the guard looks at."""
+FARTHEST = 16.0
+"""What a token's distance counts at most: one odd token does not make a text unlike."""
 EXPANSION = 512
 """A frame may hold at most this many times its length; what packs better is no KV."""
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What profile and step say about a layer: ``bounds[c]`` = bins of class ``c``."""
-
-    maps: LayerMaps
-    bounds: list[list[int]]
-
-    @property
-    def width(self) -> int:
-        """Coefficients that any class stores."""
-        return self.bounds[0][0]
-
-
-def plans_of(profile: Profile, step: float, shared: Collection[int] = ()) -> list[_Plan]:
-    """Every layer's :class:`_Plan`; deterministic, so that nothing of it is stored.
-
-    A layer in ``shared`` stores no coefficient: it is its prediction.
-    """
-    out = []
-    for layer, maps in enumerate(profile.layers):
-        sigma = maps.sigma.double().numpy()
-        if layer in shared:
-            sigma = np.zeros_like(sigma)
-        out.append(_Plan(maps, [bin_bounds(sigma, step * factor) for factor in FACTORS]))
-    return out
-
-
-def _groups(layers: int, symbols: int) -> list[tuple[int, int]]:
-    size = max(1, -(-GROUP_SYMBOLS // max(1, symbols)))
-    return [(a, min(a + size, layers)) for a in range(0, layers, size)]
-
-
-def _cells(plans: Sequence[_Plan], counts: Sequence[np.ndarray], b: int) -> Iterator[_Cell]:
-    """The cells of bin ``b`` in the order they are stored."""
-    for layer, (plan, count) in enumerate(zip(plans, counts, strict=True)):
-        ends = np.cumsum(count)
-        for c, bounds in enumerate(plan.bounds):
-            first, last = bounds[b + 1], bounds[b]
-            if last > first and count[c]:
-                yield _Cell(layer, c, first, last, int(ends[c] - count[c]), int(ends[c]))
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """Coefficients ``first .. last`` of the (sorted) tokens ``begin .. end`` of a class."""
-
-    layer: int
-    token_class: int
-    first: int
-    last: int
-    begin: int
-    end: int
-
-    @property
-    def symbols(self) -> int:
-        return (self.last - self.first) * (self.end - self.begin)
 
 
 class PredictiveCodec(Codec):
@@ -150,7 +99,7 @@ class PredictiveCodec(Codec):
         sizes: list[int] = []
         novelty: list[float] = []
         error = 0.0
-        for a, b in _groups(spec.layers, tokens * _dim(spec)):
+        for a, b in groups_of(spec.layers, tokens * _dim(spec)):
             parts: list[bytes] = []
             counts, symbols = [], []
             for layer in range(a, b):
@@ -166,7 +115,7 @@ class PredictiveCodec(Codec):
                     cost, distance = _measure(residual, x, below, maps)
                     error += cost
                     novelty.append(distance)
-                parts.append(_pack_classes(classes))
+                parts.append(pack_classes(classes))
                 counts.append(count)
                 symbols.append(quantized)
             blocks = [b"".join(parts)]
@@ -174,7 +123,7 @@ class PredictiveCodec(Codec):
             for index, alphabet in enumerate(ALPHABETS):
                 cells = [
                     symbols[c.layer][c.begin : c.end, c.first : c.last].T.reshape(-1)
-                    for c in _cells(plans[a:b], counts, index)
+                    for c in cells_of(plans[a:b], counts, index)
                 ]
                 if cells:
                     packed, rest = pack(np.concatenate(cells), alphabet)
@@ -226,11 +175,12 @@ def _measure(
     rows = slice(None, None, max(1, len(x) // MEASURED_TOKENS))
     error = (x[rows] - rebuilt[rows]) @ maps.forward
     distance = (residual @ maps.forward) / maps.sigma
-    return float(error.square().sum(1).mean()), float(distance.square().mean())
+    far = distance.square().mean(1).clamp_max(FARTHEST)
+    return float(error.square().sum(1).mean()), float(far.mean())
 
 
 def _encode_layer(
-    x: torch.Tensor, below: torch.Tensor | None, plan: _Plan, classes: np.ndarray, step: float
+    x: torch.Tensor, below: torch.Tensor | None, plan: Plan, classes: np.ndarray, step: float
 ) -> tuple[np.ndarray, torch.Tensor, np.ndarray, torch.Tensor]:
     """Symbols ``[tokens by class, width]`` int32, the rebuilt layer, tokens of each class,
     and a sample of the rows that were to be coded."""
@@ -270,18 +220,6 @@ def _predict(below: torch.Tensor | None, maps: LayerMaps, order: torch.Tensor) -
     return torch.addmm(maps.bias, below[order] @ maps.down, maps.up)
 
 
-def _pack_classes(classes: np.ndarray) -> bytes:
-    padded = np.zeros(-(-len(classes) // 4) * 4, np.uint8)
-    padded[: len(classes)] = classes
-    q = padded.reshape(4, -1)
-    return (q[0] | q[1] << 2 | q[2] << 4 | q[3] << 6).tobytes()
-
-
-def _unpack_classes(packed: np.ndarray, tokens: int) -> np.ndarray:
-    q = np.stack([packed & 3, packed >> 2 & 3, packed >> 4 & 3, packed >> 6])
-    return q.reshape(-1)[:tokens]
-
-
 def _compress(blocks: Sequence[bytes]) -> tuple[bytes, int]:
     """One checksummed frame, each block with a Huffman table of its own."""
     size = sum(map(len, blocks))
@@ -317,7 +255,7 @@ class _PredictiveReader(SegmentReader):
         self.start: int = header["start"]
         self._skip = min(self.tokens, max(0, SINKS - self.start))
         self._coded = self.tokens - self._skip
-        self._groups = _groups(spec.layers, self._coded * _dim(spec))
+        self._groups = groups_of(spec.layers, self._coded * _dim(spec))
         self._frames, self._sizes = frames[1:], header["sizes"]
         if len(self._frames) != len(self._groups) or len(self._sizes) != len(self._groups):
             raise CodecError("number of frames differs from what the shape implies")
@@ -363,7 +301,7 @@ class _PredictiveReader(SegmentReader):
             raw = open_frame(decompressor, frame, size)
             packed = -(-self._coded // 4)
             classes = [
-                _unpack_classes(np.frombuffer(raw, np.uint8, packed, i * packed), self._coded)
+                unpack_classes(np.frombuffer(raw, np.uint8, packed, i * packed), self._coded)
                 for i in range(b - a)
             ]
             coefficients = self._symbols(plans[a:b], classes, raw, packed * (b - a))
@@ -385,13 +323,13 @@ class _PredictiveReader(SegmentReader):
                 yield below
 
     def _symbols(
-        self, plans: Sequence[_Plan], classes: Sequence[np.ndarray], raw: bytes, at: int
+        self, plans: Sequence[Plan], classes: Sequence[np.ndarray], raw: bytes, at: int
     ) -> list[np.ndarray]:
         """Symbols ``[width, tokens by class]`` float32 of a group's layers."""
         counts = [np.bincount(own, minlength=len(FACTORS)) for own in classes]
-        bins: list[tuple[np.ndarray, list[_Cell], np.ndarray, np.ndarray]] = []
+        bins: list[tuple[np.ndarray, list[Cell], np.ndarray, np.ndarray]] = []
         for index, alphabet in enumerate(ALPHABETS):
-            cells = list(_cells(plans, counts, index))
+            cells = list(cells_of(plans, counts, index))
             total = sum(cell.symbols for cell in cells)
             size = alphabet.packed(total)
             if at + size > len(raw):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from krul_sglang.codec.base import KVRun, KVSpec
-from krul_sglang.codec.predictive import ROUNDING
+from krul_sglang.codec.guard import quarters
+from krul_sglang.codec.predictive import ROUNDING, PredictiveCodec
 from krul_sglang.profile.base import Profile
 from krul_sglang.profile.fit import Samples, fit
 from krul_sglang.profile.rope import Rope
+from krul_sglang.strategy.base import Strategy
 
 LAYERS, HEADS, DIM = 5, 2, 8
 WIDTH = 2 * HEADS * DIM
@@ -39,9 +43,17 @@ def make_profile() -> Profile:
         for seed in (3, 4)
     ]
     maps, _ = fit(samples, 0.1, ROUNDING)
-    return Profile(
-        HEADS, DIM, DIM, ROPE, maps, [(0.05, 0.001, 0.01), (0.1, 0.01, 0.04), (0.2, 0.05, 0.15)]
-    )
+    draft = Profile(HEADS, DIM, DIM, ROPE, maps, ())
+    codec = PredictiveCodec(spec_of("float32"), draft)
+    # Held-out error and distance as calibration measures them, at the coarsest class.
+    strategy = Strategy("predictive", classes=bytes([3] * 400))
+    run = make_run(400, 5, "float32")
+    seen = [(step, codec.encode_at(run, strategy, step)[1]) for step in (0.05, 0.1, 0.2)]
+    curve = [
+        (step, kl, measured.error)
+        for (step, measured), kl in zip(seen, (0.001, 0.01, 0.05), strict=True)
+    ]
+    return replace(draft, curve=curve, novelty=quarters(seen[-1][1].novelty))
 
 
 def make_run(tokens: int, seed: int, dtype: str, start: int = 0) -> KVRun:

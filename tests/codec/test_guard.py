@@ -10,21 +10,21 @@ from small_profile import PROFILE, make_run, spec_of
 from krul_sglang.codec.base import KVRun
 from krul_sglang.codec.guard import (
     ERROR_SPREAD,
-    FINER,
     FOREIGN,
     TRIES,
     UNLIKE,
     UNLIKE_COST,
     Measured,
     distance,
-    expected_kl,
     guarded,
+    penalty,
     quarters,
 )
 from krul_sglang.codec.predictive import PredictiveCodec
 from krul_sglang.strategy.base import Strategy
 
-HOME = replace(PROFILE, novelty=[1.0, 2.0])
+CURVE = [(0.05, 0.001, 0.01), (0.1, 0.01, 0.04), (0.2, 0.05, 0.15)]
+HOME = replace(PROFILE, curve=CURVE, novelty=[1.0, 2.0])
 BUDGET = 0.01
 
 
@@ -45,27 +45,43 @@ def steps_tried(error: float, novelty: tuple[float, ...]) -> tuple[list[float], 
 def test_text_like_the_calibration_keeps_the_budgets_step() -> None:
     step = HOME.step_for(BUDGET)
     _, error = HOME.cost_at(step)
-    tried, payload = steps_tried(error, (1.5, 3.0))
+    tried, payload = steps_tried(ERROR_SPREAD * error, (1.5, 3.0))
     assert tried == [step]
     assert payload == str(step).encode()
 
 
-def test_more_error_and_unlike_text_are_coded_finer() -> None:
+def test_error_and_distance_multiply() -> None:
     step = HOME.step_for(BUDGET)
-    kl, error = HOME.cost_at(step)
+    _, error = HOME.cost_at(step)
     home = Measured(error, (1.0, 2.0))
-    assert expected_kl(HOME, home, step) == pytest.approx(kl)
+    assert penalty(HOME, home, step) == 1
     larger = replace(home, error=3 * ERROR_SPREAD * error)
-    assert expected_kl(HOME, larger, step) == pytest.approx(3 * kl)
+    assert penalty(HOME, larger, step) == pytest.approx(3)
     # The second of two layers is far from its own part of the calibration text.
-    unlike = replace(home, novelty=(1.0, 2.0 * UNLIKE * 1.01))
-    assert expected_kl(HOME, unlike, step) == pytest.approx(UNLIKE_COST * kl)
-    tried, payload = steps_tried(1e-9, unlike.novelty)
-    assert payload is not None
-    assert tried == pytest.approx([step / FINER**i for i in range(len(tried))])
-    assert len(tried) > 2
-    assert expected_kl(HOME, Measured(1e-9, unlike.novelty), tried[-1]) <= BUDGET * 1.001
-    assert expected_kl(HOME, Measured(1e-9, unlike.novelty), tried[-2]) > BUDGET
+    unlike = replace(larger, novelty=(1.0, 2.0 * UNLIKE * 1.01))
+    assert penalty(HOME, unlike, step) == pytest.approx(3 * UNLIKE_COST)
+
+
+def test_unlike_text_gets_the_step_of_a_smaller_budget() -> None:
+    tried, payload = steps_tried(0.0, (1.0, 2.0 * UNLIKE * 1.01))
+    assert tried == [HOME.step_for(BUDGET), HOME.step_for(BUDGET / UNLIKE_COST)]
+    assert payload == str(tried[-1]).encode()
+
+
+def test_an_error_that_a_finer_step_halves_is_followed() -> None:
+    """The error falls more slowly than on held-out text: one more try is needed."""
+    tried: list[float] = []
+
+    def encode_at(step: float) -> tuple[bytes, Measured]:
+        tried.append(step)
+        return str(step).encode(), Measured(ERROR_SPREAD * 0.05 * (step / 0.1) ** 1.8, (1.0, 2.0))
+
+    payload = guarded(HOME, BUDGET, encode_at)
+    assert 2 <= len(tried) <= TRIES
+    assert tried == sorted(tried, reverse=True)
+    assert payload == str(tried[-1]).encode()
+    final = encode_at(tried[-1])[1]
+    assert penalty(HOME, final, tried[-1]) * HOME.cost_at(tried[-1])[0] <= BUDGET * 1.01
 
 
 def test_foreign_keys_are_given_up_at_once_and_stubborn_error_after_some_tries() -> None:

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from small_profile import LAYERS, PROFILE, make_run, spec_of
 
 from krul_sglang.codec.base import CodecError, KVRun
+from krul_sglang.codec.layout import FACTORS
 from krul_sglang.codec.lossless import LosslessCodec
-from krul_sglang.codec.predictive import FACTORS, SINKS, PredictiveCodec
+from krul_sglang.codec.predictive import SINKS, PredictiveCodec
 from krul_sglang.codec.registry import make_codec
 from krul_sglang.strategy.base import Strategy
 
@@ -74,10 +75,10 @@ def test_encoding_what_was_decoded_changes_no_byte(
     seed: int, budget: float, classes: bytes
 ) -> None:
     strategy = Strategy("predictive", budget, bytes(b & 3 for b in classes))
-    codec, step = PredictiveCodec(spec_of("float32"), PROFILE), PROFILE.step_for(budget)
-    payload, _ = codec.encode_at(make_run(60, seed, "float32"), strategy, step)
+    codec = PredictiveCodec(spec_of("float32"), PROFILE)
+    payload = codec.encode(make_run(60, seed, "float32"), strategy)
     again = KVRun(*decode(payload, "float32", 0, 60), 0)
-    assert codec.encode_at(again, strategy, step)[0] == payload
+    assert codec.encode(again, strategy) == payload
 
 
 def test_a_smaller_budget_costs_bytes_and_buys_precision() -> None:

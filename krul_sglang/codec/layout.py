@@ -1,0 +1,97 @@
+"""How a predictive payload is laid out: what both sides know from profile, step and classes.
+
+Layers share a frame until it is worth compressing. Within a frame, coefficients go by
+bin of :mod:`krul_sglang.codec.symbols`, within a bin by layer, class and coefficient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from krul_sglang.codec.symbols import bin_bounds
+
+if TYPE_CHECKING:
+    from krul_sglang.profile.base import LayerMaps, Profile
+
+FACTORS = tuple(2.0 ** (0.75 * (c - 2)) for c in range(4))
+"""Step of a token's class against the segment's step, the most important class first."""
+GROUP_SYMBOLS = 128 * 1024
+"""Layers share a frame until it holds this many symbols, so short runs stay small."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What profile and step say about a layer: ``bounds[c]`` = bins of class ``c``."""
+
+    maps: LayerMaps
+    bounds: list[list[int]]
+
+    @property
+    def width(self) -> int:
+        """Coefficients that any class stores."""
+        return self.bounds[0][0]
+
+
+def plans_of(profile: Profile, step: float, shared: Collection[int] = ()) -> list[Plan]:
+    """Every layer's :class:`Plan`; deterministic, so that nothing of it is stored.
+
+    A layer in ``shared`` stores no coefficient: it is its prediction.
+    """
+    out = []
+    for layer, maps in enumerate(profile.layers):
+        sigma = maps.sigma.double().numpy()
+        if layer in shared:
+            sigma = np.zeros_like(sigma)
+        out.append(Plan(maps, [bin_bounds(sigma, step * factor) for factor in FACTORS]))
+    return out
+
+
+def groups_of(layers: int, symbols: int) -> list[tuple[int, int]]:
+    """Ranges of layers that share a frame, each layer having ``symbols`` coefficients."""
+    size = max(1, -(-GROUP_SYMBOLS // max(1, symbols)))
+    return [(a, min(a + size, layers)) for a in range(0, layers, size)]
+
+
+def cells_of(plans: Sequence[Plan], counts: Sequence[np.ndarray], b: int) -> Iterator[Cell]:
+    """The cells of bin ``b`` in the order they are stored."""
+    for layer, (plan, count) in enumerate(zip(plans, counts, strict=True)):
+        ends = np.cumsum(count)
+        for c, bounds in enumerate(plan.bounds):
+            first, last = bounds[b + 1], bounds[b]
+            if last > first and count[c]:
+                yield Cell(layer, c, first, last, int(ends[c] - count[c]), int(ends[c]))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Coefficients ``first .. last`` of the (sorted) tokens ``begin .. end`` of a class."""
+
+    layer: int
+    token_class: int
+    first: int
+    last: int
+    begin: int
+    end: int
+
+    @property
+    def symbols(self) -> int:
+        """How many."""
+        return (self.last - self.first) * (self.end - self.begin)
+
+
+def pack_classes(classes: np.ndarray) -> bytes:
+    """Four classes (0 to 3) a byte."""
+    padded = np.zeros(-(-len(classes) // 4) * 4, np.uint8)
+    padded[: len(classes)] = classes
+    q = padded.reshape(4, -1)
+    return (q[0] | q[1] << 2 | q[2] << 4 | q[3] << 6).tobytes()
+
+
+def unpack_classes(packed: np.ndarray, tokens: int) -> np.ndarray:
+    """The inverse of :func:`pack_classes`, uint8 ``[tokens]``."""
+    q = np.stack([packed & 3, packed >> 2 & 3, packed >> 4 & 3, packed >> 6])
+    return q.reshape(-1)[:tokens]

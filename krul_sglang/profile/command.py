@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -20,11 +21,12 @@ def run(
     model: Path, files: Sequence[Path], conversations: Path | None, out: Path | None, tp_size: int
 ) -> None:
     """Calibrate every rank. Raises OSError and ValueError, each with a line for the user."""
-    texts: list[Text] = [path.read_text() for path in files]
+    texts: list[Text] = [_read(path) for path in files]
     if conversations:
         chats = read_conversations(conversations)
         texts += [[dict(message) for message in chat.messages] for chat in chats]
     target = out or default_path(model)
+    _check_writable(target.parent)
     stage = TextColumn("{task.description} {task.percentage:3.0f} %")
     with Progress(stage, BarColumn(), Elapsed(), Remaining(), console=Console(stderr=True)) as bar:
         for rank in range(tp_size):
@@ -32,6 +34,20 @@ def run(
             tell = partial(_update, bar, bar.add_task("loading", total=1.0))
             calibrate(model, texts or None, file, tell, tp_rank=rank, tp_size=tp_size)
             bar.console.print(f"wrote {file}")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file ({error.reason})") from None
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise OSError now and not after minutes of measuring."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder):
+        pass
 
 
 def _update(bar: Progress, task: TaskID, stage: str, share: float) -> None:

@@ -93,6 +93,8 @@ def test_version_is_in_one_place():
     [
         (("--model", "/nowhere"), "/nowhere: no readable config.json"),
         (("--model", "{model}", "--text", "/nowhere.txt"), "/nowhere.txt"),
+        (("--model", "{model}", "--text", "{model}/model.safetensors"), "not a text file"),
+        (("--model", "{model}", "--out", "/proc/nowhere/profile"), "/proc/nowhere"),
         (("--model", "{model}", "--text", "{model}/config.json"), "of 900 tokens"),
         (("--model", "{model}", "--conversations", "{model}/config.json"), "line 1"),
     ],

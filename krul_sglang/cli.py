@@ -83,7 +83,10 @@ def calibrate(
     ] = None,
     tp_size: Annotated[int, typer.Option(min=1, help="Tensor parallel ranks, a file each.")] = 1,
 ) -> None:
-    """Measure a model once for the predictive codec; without texts it generates its own."""
+    """Measure a model once for the cross-layer codec; without texts it generates its own.
+
+    The server does not read the profile yet; benchmarks/quality.py does.
+    """
     from krul_sglang.profile.command import run
 
     try:

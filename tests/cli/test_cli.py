@@ -88,6 +88,7 @@ def test_version_is_in_one_place():
     assert importlib.metadata.version("krul-sglang") == __version__
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

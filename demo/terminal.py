@@ -22,6 +22,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from krul_sglang.live_server import LiveServer, ServerFailedError, faster_cpu_dtype, has_gpu
+from krul_sglang.profile.base import ProfileError
+from krul_sglang.profile.locate import ensure
 
 SYSTEM = "You are a helpful assistant. Answer briefly."
 CONVERSATIONS = {
@@ -234,7 +236,7 @@ def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
-    parser.add_argument("--policy", default="lossless", help="--krul-policy of the server")
+    parser.add_argument("--policy", default="predictive", help="--krul-policy of the server")
     parser.add_argument("--pool", type=int, default=224, help="tokens the KV pool holds")
     parser.add_argument("--answer", type=int, default=24, help="tokens an answer may take")
     parser.add_argument("--history", type=int, default=4096, help="history to restore; 0 skips it")
@@ -250,6 +252,13 @@ def main() -> int:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    try:
+        # A server would do this by itself; here its progress bar can be seen.
+        if args.policy == "predictive":
+            ensure(args.model, 1, console.print)
+    except ProfileError as error:
+        console.print(f"[red]error:[/] {error}", highlight=False)
+        return 1
     dtype = "auto" if has_gpu() else faster_cpu_dtype()
     flags = ["--enable-krul", "--krul-policy", args.policy, "--dtype", dtype]
     console.print(

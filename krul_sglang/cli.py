@@ -83,9 +83,10 @@ def calibrate(
     ] = None,
     tp_size: Annotated[int, typer.Option(min=1, help="Tensor parallel ranks, a file each.")] = 1,
 ) -> None:
-    """Measure a model once for the cross-layer codec; without texts it generates its own.
+    """Measure a model once for the `predictive` policy; without texts it generates its own.
 
-    The server does not read the profile yet; benchmarks/quality.py does.
+    A server's first start does this by itself. Give --out, and the server --krul-profile,
+    to keep the profile elsewhere or to calibrate on your own texts.
     """
     from krul_sglang.profile.command import run
 

@@ -23,14 +23,12 @@ POLICIES = ("predictive", "paper", "fixed", "lossless")
 # from the first release on, and refuses it plainly instead of ignoring it.
 PLANNED = {
     "policy": {
-        "paper": "the paper's layer-pair selection is not in this release",
-        "fixed": "fixed layer pairs are not in this release",
+        "paper": "its selection needs attention measured in the server, which is not in this "
+        "release (`krul quality` runs it)",
     },
     "dir": "the disk tier is not in this release",
     "disk": "the disk tier is not in this release",
     "recompute": {"auto": "the restore planner is not in this release"},
-    "profile": "calibrated profiles are not in this release",
-    "quality_budget": "the quality guard is not in this release; only the default is served",
 }
 
 
@@ -149,21 +147,23 @@ class KrulConfig:
         "predictive",
         parse_policy,
         "{" + ",".join(POLICIES) + "}",
-        "How evicted KV is stored. `lossless` is bit-exact; `predictive` is lossy and several "
-        "times smaller (in this release: 4 bits a scalar, layers apart).",
+        "How evicted KV is stored. `lossless` is bit-exact; `predictive` is lossy, within the "
+        "quality budget, and many times smaller; `fixed` merges fixed pairs of layers as in "
+        "MiniCache (our reimplementation, for comparison: it destroys answers).",
     )
     quality_budget: float = _setting(
         0.01,
         parse_budget,
         "NATS",
-        "Mean KL divergence (nats) from the full cache that a lossy restore may add.",
+        "Mean KL divergence (nats) from the full cache that `predictive` may add, as estimated "
+        "by calibration; what is expected to cost more is stored finer, finally losslessly.",
     )
     host_memory: int = _setting(
         4 * 10**9,
         parse_size,
         "SIZE",
         "All host memory that Krul may hold on this server, ranks together: stored segments, "
-        "staging and index. For example 4GB.",
+        "staging, index and the model's profile. For example 4GB.",
     )
     dir: Path | None = _setting(
         None, parse_path, "PATH", "Directory of the disk tier; without it memory is the only tier."
@@ -180,7 +180,8 @@ class KrulConfig:
         None,
         parse_path,
         "PATH",
-        "Model profile written by `krul calibrate`; without it the first start calibrates.",
+        "Model profile written by `krul calibrate`; without it the first start of a model "
+        "calibrates and keeps the profile in the user's cache folder.",
     )
     link_bandwidth: float | None = _setting(
         None,
@@ -213,6 +214,11 @@ class KrulConfig:
     def lossless(self) -> bool:
         """Whether every restore is bit-exact."""
         return self.policy == "lossless"
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether the policy's codec works from a calibrated profile of the model."""
+        return self.policy == "predictive"
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> KrulConfig:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from krul_sglang.live_server import LiveServer, has_gpu
+from krul_sglang.profile.base import ProfileError
+from krul_sglang.profile.locate import load_ranks
 
 if not has_gpu():
     # SGLang chooses its platform when it is first imported, also by in-process tests.
@@ -37,6 +41,18 @@ def chat_model() -> Path:
     if not (MODEL / "config.json").is_file():
         pytest.skip("the chat model is not prepared; run `make model`")
     return MODEL
+
+
+@pytest.fixture(scope="session")
+def chat_profile(chat_model: Path) -> Path:
+    """The chat model's profile, made by `krul calibrate` (two minutes) if there is none."""
+    path = chat_model.with_suffix(".krul.safetensors")
+    try:
+        load_ranks(chat_model, path, 1)
+    except ProfileError:
+        krul = [sys.executable, "-m", "krul_sglang.cli", "calibrate"]
+        subprocess.run([*krul, "--model", chat_model, "--out", path], check=True)
+    return path
 
 
 @pytest.fixture(scope="session")

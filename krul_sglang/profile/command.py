@@ -51,4 +51,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _update(bar: Progress, task: TaskID, stage: str, share: float) -> None:
+    known = bar.tasks[bar.task_ids.index(task)].description
+    if stage != known and not bar.console.is_terminal:
+        bar.console.print(f"{stage} from {share:.0%}")  # a log shows no moving bar
     bar.update(task, description=stage, completed=share)

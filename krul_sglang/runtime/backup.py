@@ -37,7 +37,7 @@ def store_node(cache: KrulRadixCache, node: Any, rows: torch.Tensor) -> torch.Te
     head = _exact_head(cache, node, start)
     already_exact = marks.exact_tokens(node)
     ids: list[torch.Tensor] = []
-    for lo, hi, strategy in _pieces(rows.numel(), head, krul.lossy or EXACT):
+    for lo, hi, strategy in _pieces(rows.numel(), head, marks.first_hand_tokens(node), krul.lossy):
         if not _make_room(cache, (hi - lo) * krul.pool.spec.token_bytes, hi - lo):
             for held in ids:
                 krul.store.release(held)
@@ -49,9 +49,14 @@ def store_node(cache: KrulRadixCache, node: Any, rows: torch.Tensor) -> torch.Te
     return torch.cat(ids)
 
 
-def _pieces(tokens: int, head: int, rest: Strategy) -> Iterator[tuple[int, int, Strategy]]:
-    """Cut a node into segments ``[lo, hi)``: its exact head, then the rest."""
-    for begin, end, strategy in ((0, head, EXACT), (head, tokens, rest)):
+def _pieces(
+    tokens: int, head: int, first_hand: int, lossy: Strategy | None
+) -> Iterator[tuple[int, int, Strategy]]:
+    """Cut a node into segments ``[lo, hi)``: its exact head, then what may be lossy, then
+    what was lossy before and must not lose again."""
+    lossy_end = max(head, first_hand)
+    parts = ((0, head, EXACT), (head, lossy_end, lossy or EXACT), (lossy_end, tokens, EXACT))
+    for begin, end, strategy in parts:
         for lo in range(begin, end, SEGMENT_TOKENS):
             yield lo, min(lo + SEGMENT_TOKENS, end), strategy
 

@@ -8,11 +8,10 @@ import os
 from typing import Any
 
 from krul_sglang.config import KrulConfig
+from krul_sglang.strategy.base import Strategy
+from krul_sglang.strategy.pairs import fixed_pairs
 
 logger = logging.getLogger(__name__)
-
-# The codec a lossy policy stores with.
-LOSSY_CODECS = {"predictive": "int4"}
 
 
 def create(ctx: Any) -> Any:
@@ -51,12 +50,14 @@ def build(config: KrulConfig, ctx: Any) -> Any:
     from sglang.srt.runtime_context import get_parallel
 
     from krul_sglang.codec.registry import make_codec
+    from krul_sglang.profile.file import load_profile
+    from krul_sglang.profile.locate import rank_path
     from krul_sglang.restore.load import Loader
     from krul_sglang.runtime.cache import Krul
     from krul_sglang.runtime.pool import PoolView
     from krul_sglang.runtime.state import Counters, Metrics
     from krul_sglang.store.memory import MemoryStore
-    from krul_sglang.strategy.base import EXACT, Strategy
+    from krul_sglang.strategy.base import EXACT
 
     parallel = get_parallel()
     ranks = max(1, parallel.tp_size) * max(1, parallel.dp_size)
@@ -65,8 +66,14 @@ def build(config: KrulConfig, ctx: Any) -> Any:
         ctx.params.token_to_kv_pool_allocator.get_kvcache(),
         getattr(runner, "forward_stream", None),
     )
-    codec_for = functools.cache(lambda name: make_codec(name, pool.spec))
+    profile = None
+    if config.needs_profile and config.profile is not None:
+        # Checked against the model before this rank was started.
+        profile = load_profile(rank_path(config.profile, ctx.tp_rank, max(1, parallel.tp_size)))
+    codec_for = functools.cache(lambda name: make_codec(name, pool.spec, profile))
     store = MemoryStore(pool.spec, config.host_memory // ranks, codec_for, EXACT.codec)
+    if profile is not None:
+        store.ledger.add("profile", profile.nbytes)
     threads = max(1, min(4, len(os.sched_getaffinity(0)) // ranks))
     metrics = None
     if ctx.params.enable_metrics:
@@ -82,10 +89,18 @@ def build(config: KrulConfig, ctx: Any) -> Any:
         pool=pool,
         store=store,
         loader=Loader(store, threads, config.link_bandwidth),
-        lossy=None
-        if config.lossless
-        else Strategy(codec=LOSSY_CODECS[config.policy], budget=config.quality_budget),
+        lossy=lossy_strategy(config, pool.spec.layers),
         turn_ends=frozenset(ctx.model_config.hf_eos_token_id or ()),
         counters=Counters(),
         metrics=metrics,
     )
+
+
+def lossy_strategy(config: KrulConfig, layers: int) -> Strategy | None:
+    """How a policy stores what only one conversation can reach; None stores it exactly."""
+    match config.policy:
+        case "predictive":
+            return Strategy("predictive", config.quality_budget)
+        case "fixed":
+            return Strategy("pair_merge", config.quality_budget, pairs=tuple(fixed_pairs(layers)))
+    return None

@@ -3,6 +3,9 @@
 A node's device rows and its stored copy may differ in that, so each has a mark: the
 number of leading tokens that are exact. No mark means all of them. The marks live in
 the node's component metadata and follow it through split, restore and re-eviction.
+
+A third mark, of the same form, says from which token on the device rows were decoded
+from a lossy segment: encoding those once more would lose quality a second time.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 
 DEVICE = "krul_exact_on_device"
 STORED = "krul_exact_in_store"
+FIRST_HAND = "krul_first_hand_on_device"
 
 
 def full_data(node: Any) -> Any:
@@ -39,12 +43,20 @@ def mark_stored(node: Any, head: int) -> None:
 
 def mark_loaded(node: Any) -> None:
     """The stored copy was just written to the node's device rows."""
-    _set(node, DEVICE, full_data(node).metadata.get(STORED, len(node.key)))
+    exact = full_data(node).metadata.get(STORED, len(node.key))
+    _set(node, DEVICE, exact)
+    _set(node, FIRST_HAND, exact)
 
 
 def mark_computed(node: Any, exact: bool) -> None:
     """The device rows were just computed, on a prefix that was exact or was not."""
     _set(node, DEVICE, len(node.key) if exact else 0)
+    _set(node, FIRST_HAND, len(node.key))
+
+
+def first_hand_tokens(node: Any) -> int:
+    """Leading tokens whose device rows were computed, or restored from an exact copy."""
+    return min(len(node.key), full_data(node).metadata.get(FIRST_HAND, len(node.key)))
 
 
 def forget_stored(node: Any) -> None:
@@ -55,7 +67,7 @@ def forget_stored(node: Any) -> None:
 def split(parent: Any, child: Any) -> None:
     """``parent`` was just split off the front of ``child``; both keys are final."""
     length = len(parent.key)
-    for mark in (DEVICE, STORED):
+    for mark in (DEVICE, STORED, FIRST_HAND):
         exact = full_data(child).metadata.pop(mark, None)
         if exact is not None:
             _set(parent, mark, min(exact, length))

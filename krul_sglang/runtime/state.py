@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from krul_sglang.runtime.exact import LOSSY_TOKENS
+from krul_sglang.store.ledger import KINDS
 
 
 @dataclass
@@ -123,7 +124,7 @@ class Metrics:
         with self._lock:
             for name, gauge in self._gauges.items():
                 if name == "memory_bytes":
-                    for kind in ("tier", "staging", "index"):
+                    for kind in KINDS:
                         gauge.labels(**self._labels, kind=kind).set(figures["memory"][kind])
                 else:
                     gauge.labels(**self._labels).set(figures[name])

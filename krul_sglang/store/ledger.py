@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 
-KINDS = ("tier", "staging", "index")
+KINDS = ("tier", "staging", "index", "profile")
 
 
 class Ledger:
     """Counts bytes by kind against one limit. Thread-safe.
 
     tier: sealed payloads. staging: raw runs waiting to be encoded, and payloads
-    being built. index: the tree's slot ids and the segments' own records.
+    being built. index: the tree's slot ids and the segments' own records. profile: the
+    model's calibrated maps.
     """
 
     def __init__(self, limit: int) -> None:

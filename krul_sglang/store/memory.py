@@ -99,6 +99,7 @@ class MemoryStore:
         self.stats = StoreStats()
         self._held = Held()
         self.lost_count = 0
+        self._warned: set[tuple[str, str]] = set()
         self._codec_for = codec_for
         self._fallback = fallback
         self._segments: dict[int, Segment] = {}
@@ -193,9 +194,15 @@ class MemoryStore:
         except Exception as error:
             if name == self._fallback:
                 raise
-            logger.warning(
-                "codec %s cannot encode segment %d (%s); stored losslessly", name, segment.id, error
+            first = (name, str(error)) not in self._warned
+            logger.log(
+                logging.WARNING if first else logging.DEBUG,
+                "codec %s cannot encode segment %d (%s); such segments are stored losslessly",
+                name,
+                segment.id,
+                error,
             )
+            self._warned.add((name, str(error)))
             with self._lock:
                 self.stats.fallbacks += 1
             name = self._fallback

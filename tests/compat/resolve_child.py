@@ -2,7 +2,8 @@
 
 Reads ``{"warm": case, "cases": [...]}`` on stdin; a case is ``{"argv": [...]}`` for a
 command line or ``{"engine": {...}}`` for ``sglang.Engine``'s keyword arguments, with
-optional ``env`` and ``version`` (what SGLang then claims to be). Writes on stdout
+optional ``env``, ``version`` (what SGLang then claims to be) and ``launch`` (go on to the
+last check before processes are started). Writes on stdout
 ``{"fields": [...], "outcomes": [{"exit", "error", "stderr", "model"}, ...]}``: the names
 of SGLang's settings; per case the exit code, the exception as text, everything printed,
 and the names a resolved model configuration has. Each case runs in a fork of its own,
@@ -34,6 +35,8 @@ def resolve(case: dict) -> dict:
         else:
             record = prepare_server_args(case["argv"])
         record.resolve_once()
+        if case.get("launch"):
+            record.check_server_args()
     except SystemExit as stop:
         return {"exit": stop.code, "error": None}
     except BaseException as error:

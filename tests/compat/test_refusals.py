@@ -40,7 +40,7 @@ REFUSED = {
         "--krul-policy",
         "losless",
         shows="--krul-policy=losless: ",
-        why="predictive, lossless (did you mean 'lossless'?)",
+        why="predictive, fixed, lossless (did you mean 'lossless'?)",
     ),
     "planned-policy": bad_setting(
         *ON, "--krul-policy", "paper", shows="--krul-policy=paper: ", why="accepted: "

@@ -74,7 +74,7 @@ def test_switches_and_paths() -> None:
 
 REFUSED = {
     "enabled": ("maybe", "one of 1, 0, true, false"),
-    "policy": ("losless", "one of predictive, lossless (did you mean 'lossless'?)"),
+    "policy": ("losless", "one of predictive, fixed, lossless (did you mean 'lossless'?)"),
     "quality_budget": ("nan", "a number of nats above 0 and at most 10, such as 0.01"),
     "host_memory": ("-4GB", "a size such as 4GB, 512MiB or a number of bytes"),
     "dir": (" ", "a path"),
@@ -161,7 +161,7 @@ def test_flags_win_over_the_environment() -> None:
 CONFIGS = st.builds(
     KrulConfig,
     enabled=st.booleans(),
-    policy=st.sampled_from(["predictive", "lossless"]),
+    policy=st.sampled_from(["predictive", "fixed", "lossless"]),
     host_memory=st.integers(1, 10**15),
     recompute=st.one_of(st.just("never"), st.floats(0, 1).map(str)),
     link_bandwidth=st.one_of(st.none(), st.integers(1, 10**13).map(float)),

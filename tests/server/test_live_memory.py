@@ -30,7 +30,7 @@ def settled(server, process: psutil.Process) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("policy", "least"), [("lossless", 250e6), ("predictive", 40e6)])
-def test_the_ledger_agrees_with_the_process(serve, policy: str, least: float) -> None:
+def test_the_ledger_agrees_with_the_process(serve, chat_profile, policy, least) -> None:
     rng = random.Random(0)
 
     def fill(prompts: int) -> None:
@@ -41,7 +41,8 @@ def test_the_ledger_agrees_with_the_process(serve, policy: str, least: float) ->
             }
             requests.post(server.url + "/generate", json=body, timeout=120).raise_for_status()
 
-    with serve("--enable-krul", "--krul-policy", policy, "--max-total-tokens", "1024") as server:
+    flags = ("--krul-policy", policy, "--krul-profile", str(chat_profile))
+    with serve("--enable-krul", *flags, "--max-total-tokens", "1024") as server:
         process = scheduler_of(server)
         fill(8)  # what SGLang itself allocates on the way comes first
         resident, held = settled(server, process)

@@ -11,9 +11,9 @@ EXACT = {"custom_params": {"krul": "exact"}}
 
 
 @pytest.fixture(scope="module")
-def lossy_server(serve):
+def lossy_server(serve, chat_profile):
     """Krul with its default policy and a pool too small for the working set."""
-    with serve("--enable-krul", *SMALL_POOL) as server:
+    with serve("--enable-krul", "--krul-profile", str(chat_profile), *SMALL_POOL) as server:
         yield server
 
 

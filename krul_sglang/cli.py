@@ -97,6 +97,49 @@ def calibrate(
         raise typer.Exit(2) from None
 
 
+@app.command()
+def quality(
+    model: Annotated[Path, typer.Option(help="The model's folder.")],
+    conversations: Annotated[
+        Path, typer.Option(help='JSON Lines of {"id", "messages": [{"role", "content"}]}.')
+    ],
+    policies: Annotated[
+        str,
+        typer.Option(help="Comma-separated: predictive, paper, fixed, lossless; predictive@NATS."),
+    ] = "predictive,lossless",
+    history: Annotated[int, typer.Option(min=8, help="Tokens that are stored.")] = 1000,
+    continuation: Annotated[
+        int, typer.Option(min=2, help="Tokens after them that are compared.")
+    ] = 120,
+    budget: Annotated[float, typer.Option(help="Quality budget in nats of mean KL.")] = 0.01,
+    profile: Annotated[
+        Path | None, typer.Option(help="The model's profile; by default its own, made if missing.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all figures to this file.")] = None,
+) -> None:
+    """Measure what restoring costs: next-token KL, agreement and bytes, policy by policy.
+
+    Each conversation's first tokens are stored and restored, and the tokens after them
+    compared with an untouched cache, teacher-forced, in float32.
+    """
+    from krul_sglang.quality.command import run
+
+    try:
+        run(
+            model,
+            conversations,
+            policies.split(","),
+            history=history,
+            continuation=continuation,
+            budget=budget,
+            profile=profile,
+            out=json,
+        )
+    except (OSError, ValueError) as error:
+        print(f"krul quality: error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
 @app.command("cpu-host")
 def cpu_host() -> None:
     """Activate SGLang's CPU stand-ins in this environment (hosts without a GPU)."""

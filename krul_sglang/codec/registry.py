@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 _CLASSES = {
     "lossless": ("krul_sglang.codec.lossless", "LosslessCodec"),
-    "int4": ("krul_sglang.codec.int4", "Int4Codec"),
     "pair_merge": ("krul_sglang.codec.pair_merge", "PairMergeCodec"),
     "predictive": ("krul_sglang.codec.predictive", "PredictiveCodec"),
 }
@@ -25,13 +24,8 @@ def codec_names() -> tuple[str, ...]:
     return tuple(_CLASSES)
 
 
-def needs_profile(name: str) -> bool:
-    """Whether :func:`make_codec` wants a calibrated profile for this codec."""
-    return name in _NEEDS_PROFILE
-
-
 def make_codec(name: str, spec: KVSpec, profile: Profile | None = None) -> Codec:
-    """The codec called ``name`` for KV of shape ``spec``.
+    """The codec called ``name`` for KV of shape ``spec``; ``profile`` where it needs one.
 
     Raises ValueError for an unknown name (with the nearest known one) and where
     a profile is needed and none is given.

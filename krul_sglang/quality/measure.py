@@ -7,9 +7,11 @@ continuation is the conversation's own text, teacher-forced.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from krul_sglang.codec.base import Codec, KVRun, KVSpec
-from krul_sglang.codec.registry import make_codec, needs_profile
+from krul_sglang.codec.registry import make_codec
+from krul_sglang.config import POLICIES
 from krul_sglang.profile.conversations import chat_ids
 from krul_sglang.quality.forward import Divergence, continuation_logits, divergence, history_kv
 from krul_sglang.strategy.base import Strategy
@@ -138,31 +141,52 @@ def selecting_policy(
     return restore
 
 
+def budget_of(name: str, default: float) -> float:
+    """The budget of ``policy@budget``, ``default`` without one. Raises ValueError."""
+    _, _, own = name.partition("@")
+    try:
+        budget = float(own or default)
+    except ValueError:
+        budget = math.nan
+    if not budget > 0:
+        raise ValueError(f"policy {name!r}: a budget is a number of nats above 0")
+    return budget
+
+
 def package_policies(
-    names: Sequence[str], spec: KVSpec, profile: Profile | None, budget: float
+    names: Sequence[str],
+    spec: KVSpec,
+    profile: Profile | None,
+    budget: float,
+    others: Sequence[str] = (),
 ) -> dict[str, Policy]:
-    """The package's codecs by name, ``codec@budget`` for another budget than ``budget``.
+    """The policies of a server by name, ``predictive@0.002`` for a budget of its own.
 
     ``fixed`` and ``paper`` are ``pair_merge`` with MiniCache's pairs and with as many
     pairs as those, selected per history as in the Krul paper: our reimplementations.
-    Raises ValueError for a name that is none, or where a profile is needed and missing.
+    Raises ValueError for a name that is none (``others`` are named as known, too), or
+    where a profile is needed and missing.
     """
     out: dict[str, Policy] = {}
     fixed = fixed_pairs(spec.layers)
     for name in names:
-        if name == "fixed":
-            merge = make_codec("pair_merge", spec)
-            out[name] = codec_policy(merge, Strategy("pair_merge", pairs=fixed))
-            continue
-        if name == "paper":
+        policy = name.partition("@")[0]
+        if policy not in POLICIES:
+            known = (*POLICIES, *others)
+            near = difflib.get_close_matches(policy, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown policy {name!r} (known: {', '.join(known)}){hint}")
+        if policy == "paper":
             merge = make_codec("pair_merge", spec)
             out[name] = selecting_policy(
                 merge, len(fixed), lambda pairs: Strategy("pair_merge", pairs=pairs)
             )
             continue
-        codec, _, own = name.partition("@")
-        made = make_codec(codec, spec, profile if needs_profile(codec) else None)
-        out[name] = codec_policy(made, Strategy(codec, float(own or budget)))
+        if policy == "fixed":
+            strategy = Strategy("pair_merge", pairs=fixed)
+        else:
+            strategy = Strategy(policy, budget_of(name, budget))
+        out[name] = codec_policy(make_codec(strategy.codec, spec, profile), strategy)
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def test_version():
 
 def test_help_names_every_command():
     text = krul("--help").stdout
-    for command in ("serve", "doctor", "calibrate", "cpu-host", "docs"):
+    for command in ("serve", "doctor", "calibrate", "quality", "cpu-host", "docs"):
         assert command in text
 
 
@@ -108,3 +109,54 @@ def test_calibrate_says_what_is_wrong_in_one_line(chat_model: Path, arguments, n
     ]
     assert named in line
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--policies", "predictve"), "did you mean 'predictive'?"),
+        (("--policies", "lossless@no"), "nats above 0"),
+        (("--policies", "predictive", "--profile", "/nowhere"), "/nowhere: no such file"),
+        (("--history", "3000"), "no conversation is long enough"),
+        (("--json", "/proc/nowhere/out.json"), "/proc/nowhere"),
+    ],
+)
+def test_quality_says_what_is_wrong_in_one_line(chat_model: Path, tmp_path, arguments, named):
+    file = tmp_path / "c.jsonl"
+    file.write_text('{"id": 1, "messages": [{"role": "user", "content": "Hello."}]}')
+    options = ("--policies", "lossless", *arguments)
+    done = krul("quality", "--model", str(chat_model), "--conversations", str(file), *options)
+    assert done.returncode == 2
+    (line,) = [text for text in done.stderr.splitlines() if text.startswith("krul quality: error")]
+    assert named in line
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.process
+def test_quality_measures_policies(chat_model: Path, chat_profile: Path, tmp_path):
+    """A short history of the real model; JSON of the documented form."""
+    file, out = tmp_path / "c.jsonl", tmp_path / "out.json"
+    text = " ".join(f"The number after {n} is {n + 1}." for n in range(40))
+    file.write_text(
+        json.dumps({"id": "count", "messages": [{"role": "user", "content": text}]}) + "\n"
+    )
+    policies = "predictive,predictive@0.001,paper,fixed,lossless"
+    sizes = ("--history", "200", "--continuation", "60")
+    done = krul(
+        *("quality", "--model", str(chat_model), "--conversations", str(file), *sizes),
+        *("--policies", policies, "--profile", str(chat_profile), "--json", str(out)),
+    )
+    assert done.returncode == 0, done.stderr
+    table = json.loads(out.read_text())["policies"]
+    assert list(table) == policies.split(",")
+    keys = {"ratio", "kl_mean", "kl_p99", "top1", "nll_delta", "raw_bytes", "stored_bytes"}
+    for row in table.values():
+        assert keys | {"encode_s", "decode_s", "conversations"} <= row.keys()
+        assert row["ratio"] == pytest.approx(row["raw_bytes"] / row["stored_bytes"])
+        assert row["raw_bytes"] == 200 * 30 * 3 * 128 * 2
+    assert table["lossless"]["kl_mean"] == pytest.approx(0, abs=1e-6)
+    assert table["predictive"]["kl_mean"] < 0.05 < table["fixed"]["kl_mean"]
+    assert table["predictive"]["ratio"] > table["predictive@0.001"]["ratio"] > 2
+    for name in policies.split(","):
+        assert name in done.stdout

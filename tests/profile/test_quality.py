@@ -25,6 +25,10 @@ def crude(run: KVRun) -> Restored:
     return Restored(run.k[[0, 0]], run.v[[0, 0]], run.nbytes // 2)
 
 
+def rounded(run: KVRun) -> Restored:
+    return Restored((run.k * 8).round() / 8, (run.v * 8).round() / 8, run.nbytes // 2)
+
+
 def test_exact_costs_nothing_and_crude_sharing_shows(tmp_path: Path) -> None:
     save_model(tmp_path, "llama")
     model, tokenizer = load_model(tmp_path)
@@ -34,26 +38,25 @@ def test_exact_costs_nothing_and_crude_sharing_shows(tmp_path: Path) -> None:
         for i, text in enumerate([*TEXTS, "short"])
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
-    policies = package_policies(["lossless", "int4"], spec_of(model), None, 0.01)
-    result = measure(
-        model, tokenizer, read_conversations(file), {**policies, "crude": crude}, 300, 20
-    )
+    policies = package_policies(["lossless"], spec_of(model), None, 0.01)
+    policies |= {"rounded": rounded, "crude": crude}
+    result = measure(model, tokenizer, read_conversations(file), policies, 300, 20)
     assert result["skipped"] == ["b/5"]
     table = result["policies"]
     assert json.loads(json.dumps(table)) == table
     assert table["lossless"]["kl_mean"] == pytest.approx(0, abs=1e-7)
     assert table["lossless"]["top1"] == 1
-    assert table["lossless"]["kl_mean"] < table["int4"]["kl_mean"] < table["crude"]["kl_mean"]
+    assert table["lossless"]["kl_mean"] < table["rounded"]["kl_mean"] < table["crude"]["kl_mean"]
     assert table["crude"]["ratio"] == pytest.approx(2)
     low, high = table["crude"]["kl_ci95"]
     assert low <= table["crude"]["kl_mean"] <= high <= table["crude"]["kl_worst_conversation"]
-    assert {row["source"] for row in result["conversations"]["int4"]} == {"a", "b"}
+    assert {row["source"] for row in result["conversations"]["rounded"]} == {"a", "b"}
 
 
 def test_a_codec_that_refuses_is_replaced_by_lossless(tmp_path: Path) -> None:
     save_model(tmp_path, "llama")
     spec = spec_of(load_model(tmp_path)[0])
-    policy = package_policies(["int4"], spec, None, 0.01)["int4"]
+    policy = package_policies(["fixed"], spec, None, 0.01)["fixed"]
     k = torch.full((2, 5, 2, 8), float("inf"), dtype=torch.bfloat16)
     restored = policy(KVRun(k, k, 0))
     assert torch.equal(restored.k, k)

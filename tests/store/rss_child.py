@@ -13,10 +13,12 @@ from krul_sglang.codec.base import KVRun, KVSpec
 from krul_sglang.codec.registry import make_codec
 from krul_sglang.store.memory import MemoryStore
 from krul_sglang.strategy.base import Strategy
+from krul_sglang.strategy.pairs import fixed_pairs
 
 
 def main() -> None:
     codec = sys.argv[1]
+    pairs = fixed_pairs(30) if codec == "pair_merge" else ()
     torch.set_num_threads(1)
     spec = KVSpec(layers=30, kv_heads=3, head_dim=64, v_head_dim=64, dtype="float32")
     store = MemoryStore(spec, 4 << 30, lambda name: make_codec(name, spec), "lossless")
@@ -24,7 +26,7 @@ def main() -> None:
     def stage(tokens: int) -> torch.Tensor:
         shape = (30, tokens, 3, 64)
         run = KVRun(torch.randn(shape), torch.randn(shape), 0)
-        return store.stage(run, Strategy(codec), codec == "lossless")[1]
+        return store.stage(run, Strategy(codec, pairs=pairs), codec == "lossless")[1]
 
     def settle() -> int:
         store.wait_sealed(120)

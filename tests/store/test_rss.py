@@ -11,7 +11,7 @@ import pytest
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("codec", ["lossless", "int4"])
+@pytest.mark.parametrize("codec", ["lossless", "pair_merge"])
 def test_ledger_agrees_with_rss(codec):
     """Within 10 % after 45 segments of mixed sizes, a third of them released again."""
     child = Path(__file__).parent / "rss_child.py"

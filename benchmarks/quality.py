@@ -83,6 +83,7 @@ def main() -> int:
     )
     parser.add_argument("--prose", type=Path, help="directory of .txt files for --collect")
     parser.add_argument("--per-source", type=int, default=8)
+    parser.add_argument("--fresh", action="store_true", help="texts that informed no constant")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--conversations", type=Path)
     parser.add_argument("--policies", default="predictive,lossless," + ",".join(BASELINES))
@@ -93,10 +94,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.collect:
-        collect(options.collect, options.prose, options.per_source)
+        collect(options.collect, options.prose, options.per_source, options.fresh)
         return 0
     if options.collect_unlike and options.model:
-        collect_unlike(options.collect_unlike, options.model)
+        collect_unlike(options.collect_unlike, options.model, options.fresh)
         return 0
     if not options.model or not options.conversations:
         parser.error("--model and --conversations are needed")

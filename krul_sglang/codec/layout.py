@@ -6,13 +6,14 @@ bin of :mod:`krul_sglang.codec.symbols`, within a bin by layer, class and coeffi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from krul_sglang.codec.symbols import bin_bounds
+from krul_sglang.codec.symbols import ALPHABETS, bin_bounds
 
 if TYPE_CHECKING:
     from krul_sglang.profile.base import LayerMaps, Profile
@@ -23,17 +24,37 @@ GROUP_SYMBOLS = 128 * 1024
 """Layers share a frame until it holds this many symbols, so short runs stay small."""
 
 
+class Cell(NamedTuple):
+    """Coefficients ``first .. last`` of the (sorted) tokens ``begin .. end``, all one class."""
+
+    layer: int
+    first: int
+    last: int
+    begin: int
+    end: int
+
+    @property
+    def symbols(self) -> int:
+        """How many."""
+        return (self.last - self.first) * (self.end - self.begin)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What profile and step say about a layer: ``bounds[c]`` = bins of class ``c``."""
+    """What profile and step say about a layer.
+
+    widths: coefficients that each class stores. cells: ``(bin, class, first, last)`` of
+        the coefficients that lie in a bin, in the order they are stored.
+    """
 
     maps: LayerMaps
-    bounds: list[list[int]]
+    widths: tuple[int, ...]
+    cells: tuple[tuple[int, int, int, int], ...]
 
     @property
     def width(self) -> int:
         """Coefficients that any class stores."""
-        return self.bounds[0][0]
+        return self.widths[0]
 
 
 def plans_of(profile: Profile, step: float, shared: Collection[int] = ()) -> list[Plan]:
@@ -46,7 +67,14 @@ def plans_of(profile: Profile, step: float, shared: Collection[int] = ()) -> lis
         sigma = maps.sigma.double().numpy()
         if layer in shared:
             sigma = np.zeros_like(sigma)
-        out.append(Plan(maps, [bin_bounds(sigma, step * factor) for factor in FACTORS]))
+        bounds = [bin_bounds(sigma, step * factor) for factor in FACTORS]
+        cells = tuple(
+            (b, c, bounds[c][b + 1], bounds[c][b])
+            for b in range(len(ALPHABETS))
+            for c in range(len(FACTORS))
+            if bounds[c][b] > bounds[c][b + 1]
+        )
+        out.append(Plan(maps, tuple(own[0] for own in bounds), cells))
     return out
 
 
@@ -56,31 +84,15 @@ def groups_of(layers: int, symbols: int) -> list[tuple[int, int]]:
     return [(a, min(a + size, layers)) for a in range(0, layers, size)]
 
 
-def cells_of(plans: Sequence[Plan], counts: Sequence[np.ndarray], b: int) -> Iterator[Cell]:
-    """The cells of bin ``b`` in the order they are stored."""
+def cells_of(plans: Sequence[Plan], counts: Sequence[np.ndarray]) -> list[list[Cell]]:
+    """Per bin, its cells in the order they are stored; ``counts`` = tokens of each class."""
+    out: list[list[Cell]] = [[] for _ in ALPHABETS]
     for layer, (plan, count) in enumerate(zip(plans, counts, strict=True)):
-        ends = np.cumsum(count)
-        for c, bounds in enumerate(plan.bounds):
-            first, last = bounds[b + 1], bounds[b]
-            if last > first and count[c]:
-                yield Cell(layer, c, first, last, int(ends[c] - count[c]), int(ends[c]))
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Coefficients ``first .. last`` of the (sorted) tokens ``begin .. end`` of a class."""
-
-    layer: int
-    token_class: int
-    first: int
-    last: int
-    begin: int
-    end: int
-
-    @property
-    def symbols(self) -> int:
-        """How many."""
-        return (self.last - self.first) * (self.end - self.begin)
+        ends = list(accumulate(count.tolist(), initial=0))
+        for b, c, first, last in plan.cells:
+            if ends[c + 1] > ends[c]:
+                out[b].append(Cell(layer, first, last, ends[c], ends[c + 1]))
+    return out
 
 
 def pack_classes(classes: np.ndarray) -> bytes:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -68,6 +68,8 @@ class PredictiveCodec(Codec):
         super().__init__(spec)
         profile.check_spec(spec)
         self.profile = profile
+        # A server uses a few steps; drawing up their plans costs more than a short run.
+        self.plans = lru_cache(16)(partial(plans_of, profile))
         sinks = "bfloat16" if spec.dtype == "float32" else spec.dtype
         self._sinks = LosslessCodec(
             KVSpec(spec.layers, spec.kv_heads, spec.head_dim, spec.v_head_dim, sinks)
@@ -93,7 +95,7 @@ class PredictiveCodec(Codec):
             frames = [self._sinks.encode(head, EXACT)]
         tokens = run.tokens - sinks
         tables = profile.rope.tables(run.start + sinks, tokens)
-        plans = plans_of(profile, step, strategy.shared)
+        plans = self.plans(step, strategy.shared)
         chosen = _given_classes(strategy.classes, spec.layers, run.tokens)
         below: torch.Tensor | None = None
         sizes: list[int] = []
@@ -120,13 +122,12 @@ class PredictiveCodec(Codec):
                 symbols.append(quantized)
             blocks = [b"".join(parts)]
             over = []
-            for index, alphabet in enumerate(ALPHABETS):
-                cells = [
-                    symbols[c.layer][c.begin : c.end, c.first : c.last].T.reshape(-1)
-                    for c in cells_of(plans[a:b], counts, index)
+            for alphabet, cells in zip(ALPHABETS, cells_of(plans[a:b], counts), strict=True):
+                flat = [
+                    symbols[c.layer][c.begin : c.end, c.first : c.last].T.reshape(-1) for c in cells
                 ]
-                if cells:
-                    packed, rest = pack(np.concatenate(cells), alphabet)
+                if flat:
+                    packed, rest = pack(np.concatenate(flat), alphabet)
                     blocks.append(packed)
                     over.append(rest)
             if over:
@@ -191,7 +192,7 @@ def _encode_layer(
     sample = residual[:: max(1, len(x) // MEASURED_TOKENS)].clone()
     symbols = np.zeros((len(x), plan.width), np.int32)
     for c, begin, end in _slabs(count):
-        width, scale = plan.bounds[c][0], step * FACTORS[c]
+        width, scale = plan.widths[c], step * FACTORS[c]
         y = (residual[begin:end] @ plan.maps.forward[:, :width]).mul_(1 / scale).numpy()
         if y.size and not max(float(y.max()), -float(y.min())) < 2**24:
             raise ValueError("values too far from what the profile predicts")
@@ -217,7 +218,8 @@ def _slabs(count: np.ndarray) -> Iterator[tuple[int, int, int]]:
 def _predict(below: torch.Tensor | None, maps: LayerMaps, order: torch.Tensor) -> torch.Tensor:
     if below is None:
         return maps.bias.expand(len(order), -1).clone()
-    return torch.addmm(maps.bias, below[order] @ maps.down, maps.up)
+    # Reordered where it is narrowest.
+    return torch.addmm(maps.bias, (below @ maps.down)[order], maps.up)
 
 
 def _compress(blocks: Sequence[bytes]) -> tuple[bytes, int]:
@@ -248,7 +250,8 @@ class _PredictiveReader(SegmentReader):
         if not 1e-30 < step < 1e30:
             raise CodecError("step out of range")
         self._spec, self._profile, self._step = spec, codec.profile, step
-        self._shared: list[int] = header["shared"]
+        self._plans = codec.plans
+        self._shared = tuple(header["shared"])
         if len(self._shared) > spec.layers or any(type(n) is not int for n in self._shared):
             raise CodecError("the list of shared layers is none")
         self.tokens: int = header["tokens"]
@@ -294,9 +297,10 @@ class _PredictiveReader(SegmentReader):
 
     def _rebuild(self, lo: int, hi: int) -> Iterator[torch.Tensor]:
         """float32 ``[hi - lo, dim]`` of each layer, keys before RoPE; not to be changed."""
-        plans = plans_of(self._profile, self._step, self._shared)
+        plans = self._plans(self._step, self._shared)
         decompressor = zstandard.ZstdDecompressor()
-        below: torch.Tensor | None = None
+        rows: torch.Tensor | None = None
+        place = torch.arange(0)  # where the tokens of ``rows`` are
         for (a, b), frame, size in zip(self._groups, self._frames, self._sizes, strict=True):
             raw = open_frame(decompressor, frame, size)
             packed = -(-self._coded // 4)
@@ -312,15 +316,15 @@ class _PredictiveReader(SegmentReader):
                     chosen = np.flatnonzero((order >= lo) & (order < hi))
                     order, symbols = order[chosen] - lo, np.ascontiguousarray(symbols[:, chosen])
                 index = torch.from_numpy(order)
-                rows = _predict(below, plan.maps, index)
+                rows = _predict(rows, plan.maps, place[index] if rows is not None else index)
                 y = torch.from_numpy(symbols).T
                 for c, begin, end in _slabs(count):
-                    width, scale = plan.bounds[c][0], self._step * FACTORS[c]
+                    width, scale = plan.widths[c], self._step * FACTORS[c]
                     inverse = plan.maps.inverse[:width]
                     rows[begin:end].addmm_(y[begin:end, :width], inverse, alpha=scale)
-                below = torch.empty_like(rows)
-                below[index] = rows
-                yield below
+                place = torch.empty_like(index)
+                place[index] = torch.arange(len(index))
+                yield rows[place]
 
     def _symbols(
         self, plans: Sequence[Plan], classes: Sequence[np.ndarray], raw: bytes, at: int
@@ -328,8 +332,7 @@ class _PredictiveReader(SegmentReader):
         """Symbols ``[width, tokens by class]`` float32 of a group's layers."""
         counts = [np.bincount(own, minlength=len(FACTORS)) for own in classes]
         bins: list[tuple[np.ndarray, list[Cell], np.ndarray, np.ndarray]] = []
-        for index, alphabet in enumerate(ALPHABETS):
-            cells = list(cells_of(plans, counts, index))
+        for alphabet, cells in zip(ALPHABETS, cells_of(plans, counts), strict=True):
             total = sum(cell.symbols for cell in cells)
             size = alphabet.packed(total)
             if at + size > len(raw):
@@ -350,9 +353,9 @@ class _PredictiveReader(SegmentReader):
             values[edge] += extra[: len(edge)] * sign
             extra = extra[len(edge) :]
             begin = 0
-            for cell in cells:
-                slab = values[begin : begin + cell.symbols].reshape(cell.last - cell.first, -1)
-                target = out[cell.layer][cell.first : cell.last, cell.begin : cell.end]
-                target[...] = slab
-                begin += cell.symbols
+            for layer, first, last, left, right in cells:
+                end = begin + (last - first) * (right - left)
+                slab = values[begin:end].reshape(last - first, right - left)
+                out[layer][first:last, left:right] = slab
+                begin = end
         return out

@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, ClassVar
+from itertools import accumulate
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 import zstandard
 
-from krul_sglang.codec.base import Codec, CodecError, KVRun, KVSpec, SegmentReader
+from krul_sglang.codec.base import Codec, CodecError, KVRun, KVSpec, Part, SegmentReader
 from krul_sglang.codec.frames import open_frame, pack_payload, unpack_payload
 from krul_sglang.codec.guard import Measured, guarded
 from krul_sglang.codec.layout import (
@@ -237,6 +238,31 @@ def _compress(blocks: Sequence[bytes]) -> tuple[bytes, int]:
     return frame, size
 
 
+class _Coded(NamedTuple):
+    """A layer of some tokens as it is stored: the tokens sorted by class, how many of each
+    class there are, and symbols ``[width, tokens]`` float32 in that order."""
+
+    order: np.ndarray
+    of_class: np.ndarray
+    symbols: np.ndarray
+
+
+def _side_by_side(parts: Sequence[_Coded]) -> _Coded:
+    """One run's tokens after the other's, again sorted by class."""
+    offsets = accumulate((len(part.order) for part in parts), initial=0)
+    slabs = [
+        (c, part.order[begin:end] + offset, part.symbols[:, begin:end])
+        for offset, part in zip(offsets, parts, strict=False)
+        for c, begin, end in _slabs(part.of_class)
+    ]
+    slabs.sort(key=lambda slab: slab[0])
+    return _Coded(
+        np.concatenate([order for _, order, _ in slabs]) if slabs else parts[0].order,
+        np.sum([part.of_class for part in parts], axis=0),
+        np.concatenate([symbols for *_, symbols in slabs], 1) if slabs else parts[0].symbols,
+    )
+
+
 class _PredictiveReader(SegmentReader):
     """Reads group by group; every iterator has its own decompressor and state."""
 
@@ -273,34 +299,64 @@ class _PredictiveReader(SegmentReader):
                 raise CodecError("the sink tokens are not those the header implies")
         elif len(frames[0]):
             raise CodecError("sink tokens where there are none")
+        else:
+            self.batch_key = (step, self._shared)
 
-    @torch.no_grad()
     def layers(self, lo: int, hi: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Layers in order; see :class:`SegmentReader`."""
         if not 0 <= lo <= hi <= self.tokens:
             raise ValueError(f"tokens [{lo}, {hi}) are not within [0, {self.tokens})")
+        return self.layers_of([Part(self, lo, hi)])
+
+    @torch.no_grad()
+    def layers_of(self, parts: Sequence[Part]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Parts that were all encoded at this step; only a single one has sink tokens."""
         spec, dtype = self._spec, getattr(torch, self._spec.dtype)
-        first, last = max(0, lo - self._skip), max(0, hi - self._skip)
-        tables = self._profile.rope.tables(self.start + self._skip + first, last - first)
-        sinks = (
-            self._sinks.layers(min(lo, self._skip), min(hi, self._skip)) if self._sinks else None
-        )
+        coded, tables = [], []
+        for reader, lo, hi in parts:
+            assert isinstance(reader, _PredictiveReader)
+            first, last = max(0, lo - reader._skip), max(0, hi - reader._skip)
+            coded.append(reader._coefficients(first, last))
+            begin = reader.start + reader._skip + first
+            tables.append(self._profile.rope.tables(begin, last - first))
+        cos, sin = (torch.cat(list(one)) for one in zip(*tables, strict=True))
+        sinks = None
+        if self._sinks:
+            (_, lo, hi), *_ = parts
+            sinks = self._sinks.layers(min(lo, self._skip), min(hi, self._skip))
         keys = spec.kv_heads * spec.head_dim
-        for x in self._rebuild(first, last):
+        for x in self._rebuild(coded):
             k = x[:, :keys].unflatten(1, (spec.kv_heads, spec.head_dim))
-            k = self._profile.rope.apply(k, tables).to(dtype)
+            k = self._profile.rope.apply(k, (cos, sin)).to(dtype)
             v = x[:, keys:].unflatten(1, (spec.kv_heads, spec.v_head_dim)).to(dtype, copy=True)
             if sinks is not None:
                 sink_k, sink_v = next(sinks)
                 k, v = torch.cat([sink_k.to(dtype), k]), torch.cat([sink_v.to(dtype), v])
             yield k, v
 
-    def _rebuild(self, lo: int, hi: int) -> Iterator[torch.Tensor]:
-        """float32 ``[hi - lo, dim]`` of each layer, keys before RoPE; not to be changed."""
-        plans = self._plans(self._step, self._shared)
-        decompressor = zstandard.ZstdDecompressor()
+    def _rebuild(self, parts: Sequence[Iterator[_Coded]]) -> Iterator[torch.Tensor]:
+        """float32 ``[tokens, dim]`` of each layer, keys before RoPE."""
         rows: torch.Tensor | None = None
         place = torch.arange(0)  # where the tokens of ``rows`` are
+        for plan, layers in zip(
+            self._plans(self._step, self._shared), zip(*parts, strict=True), strict=True
+        ):
+            coded = layers[0] if len(layers) == 1 else _side_by_side(layers)
+            index = torch.from_numpy(coded.order)
+            rows = _predict(rows, plan.maps, place[index] if rows is not None else index)
+            y = torch.from_numpy(coded.symbols).T
+            for c, begin, end in _slabs(coded.of_class):
+                width, scale = plan.widths[c], self._step * FACTORS[c]
+                inverse = plan.maps.inverse[:width]
+                rows[begin:end].addmm_(y[begin:end, :width], inverse, alpha=scale)
+            place = torch.empty_like(index)
+            place[index] = torch.arange(len(index))
+            yield rows[place]
+
+    def _coefficients(self, lo: int, hi: int) -> Iterator[_Coded]:
+        """What is stored of tokens ``lo .. hi`` (behind the sinks), layer by layer."""
+        plans = self._plans(self._step, self._shared)
+        decompressor = zstandard.ZstdDecompressor()
         for (a, b), frame, size in zip(self._groups, self._frames, self._sizes, strict=True):
             raw = open_frame(decompressor, frame, size)
             packed = -(-self._coded // 4)
@@ -309,22 +365,13 @@ class _PredictiveReader(SegmentReader):
                 for i in range(b - a)
             ]
             coefficients = self._symbols(plans[a:b], classes, raw, packed * (b - a))
-            for plan, own, symbols in zip(plans[a:b], classes, coefficients, strict=True):
+            for own, symbols in zip(classes, coefficients, strict=True):
                 order = np.argsort(own, kind="stable")
                 count = np.bincount(own[lo:hi], minlength=len(FACTORS))
                 if (lo, hi) != (0, self._coded):
                     chosen = np.flatnonzero((order >= lo) & (order < hi))
                     order, symbols = order[chosen] - lo, np.ascontiguousarray(symbols[:, chosen])
-                index = torch.from_numpy(order)
-                rows = _predict(rows, plan.maps, place[index] if rows is not None else index)
-                y = torch.from_numpy(symbols).T
-                for c, begin, end in _slabs(count):
-                    width, scale = plan.widths[c], self._step * FACTORS[c]
-                    inverse = plan.maps.inverse[:width]
-                    rows[begin:end].addmm_(y[begin:end, :width], inverse, alpha=scale)
-                place = torch.empty_like(index)
-                place[index] = torch.arange(len(index))
-                yield rows[place]
+                yield _Coded(order, count, symbols)
 
     def _symbols(
         self, plans: Sequence[Plan], classes: Sequence[np.ndarray], raw: bytes, at: int

@@ -71,10 +71,16 @@ def build(config: KrulConfig, ctx: Any) -> Any:
         # Checked against the model before this rank was started.
         profile = load_profile(rank_path(config.profile, ctx.tp_rank, max(1, parallel.tp_size)))
     codec_for = functools.cache(lambda name: make_codec(name, pool.spec, profile))
-    store = MemoryStore(pool.spec, config.host_memory // ranks, codec_for, EXACT.codec)
+    threads = max(1, min(4, len(os.sched_getaffinity(0)) // ranks))
+    store = MemoryStore(
+        pool.spec,
+        config.host_memory // ranks,
+        codec_for,
+        EXACT.codec,
+        workers=max(1, threads // 2),  # the model's own threads want the other cores
+    )
     if profile is not None:
         store.ledger.add("profile", profile.nbytes)
-    threads = max(1, min(4, len(os.sched_getaffinity(0)) // ranks))
     metrics = None
     if ctx.params.enable_metrics:
         metrics = Metrics(

@@ -1,7 +1,7 @@
 """The memory tier: segments in host memory, encoded off the critical path.
 
-The scheduler hands over raw rows (:meth:`MemoryStore.stage`) and goes on; a
-background worker encodes them and swaps the payload in (the seal). Until then a
+The scheduler hands over raw rows (:meth:`MemoryStore.stage`) and goes on;
+background workers encode them and swap the payloads in (the seal). Until then a
 segment is served from its raw rows. The tree decides what leaves: the store only
 drops a segment when the last token of it is released.
 """
@@ -87,13 +87,18 @@ class RawReader(SegmentReader):
 
 
 class MemoryStore:
-    """Segments by id, their bytes, and the worker that seals them. Thread-safe."""
+    """Segments by id, their bytes, and the workers that seal them. Thread-safe."""
 
     def __init__(
-        self, spec: KVSpec, limit: int, codec_for: Callable[[str], Codec], fallback: str
+        self,
+        spec: KVSpec,
+        limit: int,
+        codec_for: Callable[[str], Codec],
+        fallback: str,
+        workers: int = 1,
     ) -> None:
         """``codec_for(name)`` gives a codec; ``fallback`` names the exact one used when
-        another codec cannot encode a run."""
+        another codec cannot encode a run; ``workers`` threads encode."""
         self.spec = spec
         self.ledger = Ledger(limit)
         self.stats = StoreStats()
@@ -108,7 +113,8 @@ class MemoryStore:
         self._drained = threading.Condition(self._lock)
         self._staged_bytes = 0
         self._queue: queue.SimpleQueue[Segment | None] = queue.SimpleQueue()
-        self._worker: threading.Thread | None = None
+        self._worker_count = workers
+        self._workers: list[threading.Thread] = []
         self._closed = False
 
     # ---- writing ---------------------------------------------------------------
@@ -154,11 +160,10 @@ class MemoryStore:
             self._staged_bytes += segment.raw_bytes
             self.ledger.add("staging", segment.raw_bytes)
             self.ledger.add("index", segment.index_bytes)
-            if self._worker is None:
-                self._worker = threading.Thread(
-                    target=self._seal_forever, name="krul-seal", daemon=True
-                )
-                self._worker.start()
+            if len(self._workers) < self._worker_count:
+                worker = threading.Thread(target=self._seal_forever, name="krul-seal", daemon=True)
+                self._workers.append(worker)
+                worker.start()
         self._queue.put(segment)
         return segment, slot_ids(segment.id, segment.tokens)
 
@@ -307,9 +312,11 @@ class MemoryStore:
                 return
             self._closed = True
             self._drained.notify_all()
-        self._queue.put(None)
-        if self._worker is not None and self._worker is not threading.current_thread():
-            self._worker.join(timeout=10)
+        for _ in self._workers:
+            self._queue.put(None)
+        for worker in self._workers:
+            if worker is not threading.current_thread():
+                worker.join(timeout=10)
 
     # ---- what is stored --------------------------------------------------------
 

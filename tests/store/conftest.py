@@ -27,9 +27,9 @@ def make_store():
     """Stores with :class:`MemoryStore`'s limit; ``codecs`` adds to or replaces lossless."""
     stores: list[MemoryStore] = []
 
-    def make(limit: int = 1 << 24, **codecs) -> MemoryStore:
+    def make(limit: int = 1 << 24, workers: int = 1, **codecs) -> MemoryStore:
         known = {"lossless": LosslessCodec(SPEC), **codecs}
-        stores.append(MemoryStore(SPEC, limit, known.__getitem__, "lossless"))
+        stores.append(MemoryStore(SPEC, limit, known.__getitem__, "lossless", workers))
         return stores[-1]
 
     yield make

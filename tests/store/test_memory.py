@@ -190,14 +190,20 @@ def test_an_encoder_that_fails_leaves_exact_rows(make_store, make_run) -> None:
     assert store.ledger.used == 0
 
 
-def test_close_ends_the_worker_and_refuses_more(make_store, make_run) -> None:
-    store = make_store()
-    store.stage(make_run(20), EXACT, exact=True)
-    worker = store._worker
-    assert worker.is_alive()
+@pytest.mark.parametrize("workers", [1, 3])
+def test_close_ends_the_workers_and_refuses_more(make_store, make_run, workers: int) -> None:
+    store = make_store(workers=workers)
+    runs = [make_run(20 + i) for i in range(8)]
+    segments = [store.stage(run, EXACT, exact=True)[0] for run in runs]
+    assert store.wait_sealed(20)
+    for run, segment in zip(runs, segments, strict=True):
+        assert torch.equal(read(store, segment), rows(run))
+    started = list(store._workers)
+    assert len(started) == workers
+    assert all(worker.is_alive() for worker in started)
     store.close()
     store.close()
-    assert not worker.is_alive()
+    assert not any(worker.is_alive() for worker in started)
     assert store.ledger.used == 0
     with pytest.raises(RuntimeError, match="closed"):
         store.stage(make_run(3), EXACT, exact=True)

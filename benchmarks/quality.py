@@ -24,6 +24,7 @@ from texts import collect, collect_unlike
 
 from krul_sglang.codec.base import KVRun, KVSpec
 from krul_sglang.codec.predictive import PredictiveCodec
+from krul_sglang.config import POLICIES
 from krul_sglang.profile.base import Profile
 from krul_sglang.quality.command import run
 from krul_sglang.quality.measure import (
@@ -70,7 +71,7 @@ def policies_of(
         elif name.partition("@")[0] == PAPER_PREDICTIVE:
             out[name] = paper_predictive(spec, profile, budget_of(name, budget))
         else:
-            out |= package_policies([name], spec, profile, budget, (PAPER_PREDICTIVE, *BASELINES))
+            out |= package_policies([name], spec, profile, budget)
     return out
 
 
@@ -112,6 +113,7 @@ def main() -> int:
             profile=options.profile,
             out=options.json,
             build=policies_of,
+            known=(*POLICIES, PAPER_PREDICTIVE, *BASELINES),
         )
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from krul_sglang.live_server import LiveServer, has_gpu
 from krul_sglang.profile.base import ProfileError
@@ -47,11 +48,12 @@ def chat_model() -> Path:
 def chat_profile(chat_model: Path) -> Path:
     """The chat model's profile, made by `krul calibrate` (two minutes) if there is none."""
     path = chat_model.with_suffix(".krul.safetensors")
-    try:
-        load_ranks(chat_model, path, 1)
-    except ProfileError:
-        krul = [sys.executable, "-m", "krul_sglang.cli", "calibrate"]
-        subprocess.run([*krul, "--model", chat_model, "--out", path], check=True)
+    with FileLock(f"{path}.lock"):  # test processes run side by side
+        try:
+            load_ranks(chat_model, path, 1)
+        except ProfileError:
+            krul = [sys.executable, "-m", "krul_sglang.cli", "calibrate"]
+            subprocess.run([*krul, "--model", chat_model, "--out", path], check=True)
     return path
 
 

@@ -14,15 +14,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from krul_sglang.codec.base import KVSpec
+from krul_sglang.config import POLICIES
 from krul_sglang.profile.base import Profile
 from krul_sglang.profile.locate import ensure, load_ranks
 from krul_sglang.quality.forward import load_model
 from krul_sglang.quality.measure import (
     Policy,
+    check_names,
     measure,
     package_policies,
     read_conversations,
     spec_of,
+    takes_budget,
 )
 
 Build = Callable[[Sequence[str], KVSpec, Profile | None, float], Mapping[str, Policy]]
@@ -39,20 +42,23 @@ def run(
     profile: Path | None,
     out: Path | None,
     build: Build = package_policies,
+    known: Sequence[str] = POLICIES,
 ) -> None:
     """Measure, print a table, write ``out``. Raises OSError and ValueError, each with a line
     for the user.
 
-    build: makes the policies called ``names``. profile: where the model's lies; None
+    build: makes the policies called ``names``, of which there are ``known``.
+    profile: where the model's lies; None
         takes the cache folder's, calibrating first if there is none.
     """
     console = Console(stderr=True, highlight=False)
+    check_names(names, known)
     texts = read_conversations(conversations)
     if out is not None:
         with TemporaryFile(dir=out.parent):  # fails now and not after minutes of measuring
             pass
     maps = None
-    if any(name.partition("@")[0].endswith("predictive") for name in names):
+    if any(map(takes_budget, names)):
         path = profile or ensure(model_dir, 1, console.print)
         (maps,) = load_ranks(model_dir, path, 1)
     model, tokenizer = load_model(model_dir)

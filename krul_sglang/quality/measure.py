@@ -141,41 +141,50 @@ def selecting_policy(
     return restore
 
 
+def takes_budget(name: str) -> bool:
+    """Whether the policy is stored with the predictive codec, to a budget and from a profile."""
+    return name.partition("@")[0].endswith("predictive")
+
+
 def budget_of(name: str, default: float) -> float:
     """The budget of ``policy@budget``, ``default`` without one. Raises ValueError."""
-    _, _, own = name.partition("@")
+    policy, at, own = name.partition("@")
+    if at and not takes_budget(policy):
+        raise ValueError(f"policy {name!r}: {policy} takes no budget")
     try:
         budget = float(own or default)
     except ValueError:
         budget = math.nan
-    if not budget > 0:
+    if not 0 < budget < math.inf:
         raise ValueError(f"policy {name!r}: a budget is a number of nats above 0")
     return budget
 
 
+def check_names(names: Sequence[str], known: Sequence[str] = POLICIES) -> None:
+    """Raise ValueError for a name that is no policy, or has a budget that is none."""
+    for name in names:
+        policy = name.partition("@")[0]
+        if policy not in known:
+            near = difflib.get_close_matches(policy, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown policy {name!r} (known: {', '.join(known)}){hint}")
+        budget_of(name, 1.0)
+
+
 def package_policies(
-    names: Sequence[str],
-    spec: KVSpec,
-    profile: Profile | None,
-    budget: float,
-    others: Sequence[str] = (),
+    names: Sequence[str], spec: KVSpec, profile: Profile | None, budget: float
 ) -> dict[str, Policy]:
     """The policies of a server by name, ``predictive@0.002`` for a budget of its own.
 
     ``fixed`` and ``paper`` are ``pair_merge`` with MiniCache's pairs and with as many
     pairs as those, selected per history as in the Krul paper: our reimplementations.
-    Raises ValueError for a name that is none (``others`` are named as known, too), or
-    where a profile is needed and missing.
+    Raises ValueError for a name that is none, or where a profile is needed and missing.
     """
+    check_names(names)
     out: dict[str, Policy] = {}
     fixed = fixed_pairs(spec.layers)
     for name in names:
         policy = name.partition("@")[0]
-        if policy not in POLICIES:
-            known = (*POLICIES, *others)
-            near = difflib.get_close_matches(policy, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown policy {name!r} (known: {', '.join(known)}){hint}")
         if policy == "paper":
             merge = make_codec("pair_merge", spec)
             out[name] = selecting_policy(

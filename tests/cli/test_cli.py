@@ -115,8 +115,9 @@ def test_calibrate_says_what_is_wrong_in_one_line(chat_model: Path, arguments, n
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("--policies", "predictve"), "did you mean 'predictive'?"),
-        (("--policies", "lossless@no"), "nats above 0"),
+        (("--policies", "predictive,predictve"), "did you mean 'predictive'?"),
+        (("--policies", "predictive@no"), "nats above 0"),
+        (("--policies", "lossless@1"), "takes no budget"),
         (("--policies", "predictive", "--profile", "/nowhere"), "/nowhere: no such file"),
         (("--history", "3000"), "no conversation is long enough"),
         (("--json", "/proc/nowhere/out.json"), "/proc/nowhere"),

@@ -134,6 +134,10 @@ def test_a_policy_may_use_the_pairs_as_it_likes() -> None:
 
 
 def test_an_unknown_policy_is_refused() -> None:
-    for name in ("fixd", "paper@0.01"):
-        with pytest.raises(ValueError, match="unknown codec"):
+    for name, why in (
+        ("fixd", "did you mean 'fixed'"),
+        ("paper@0.01", "takes no budget"),
+        ("predictive@0", "above 0"),
+    ):
+        with pytest.raises(ValueError, match=why):
             package_policies([name], SPEC, None, 0.01)

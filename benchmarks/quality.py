@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent))  # also where PYTHONSAFEPATH is set
 
 from baselines import BASELINES
-from texts import collect, collect_unlike
+from texts import ROUNDS, collect, collect_unlike
 
 from krul_sglang.codec.base import KVRun, KVSpec
 from krul_sglang.codec.predictive import PredictiveCodec
@@ -84,7 +84,9 @@ def main() -> int:
     )
     parser.add_argument("--prose", type=Path, help="directory of .txt files for --collect")
     parser.add_argument("--per-source", type=int, default=8)
-    parser.add_argument("--fresh", action="store_true", help="texts that informed no constant")
+    parser.add_argument(
+        "--round", type=int, choices=ROUNDS, default=2, help="of texts; see texts.py"
+    )
     parser.add_argument("--model", type=Path)
     parser.add_argument("--conversations", type=Path)
     parser.add_argument("--policies", default="predictive,lossless," + ",".join(BASELINES))
@@ -95,10 +97,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.collect:
-        collect(options.collect, options.prose, options.per_source, options.fresh)
+        collect(options.collect, options.prose, options.per_source, options.round)
         return 0
     if options.collect_unlike and options.model:
-        collect_unlike(options.collect_unlike, options.model, options.fresh)
+        collect_unlike(options.collect_unlike, options.model, options.round)
         return 0
     if not options.model or not options.conversations:
         parser.error("--model and --conversations are needed")

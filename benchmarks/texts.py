@@ -1,7 +1,7 @@
 """Texts to measure on, as conversations: held out from calibration, and unlike any of it.
 
-The codec's constants were chosen on the development texts. ``fresh`` takes others: more
-chats, other modules and passages, other languages and seeds.
+In rounds, because constants were chosen on some of them: texts of round 0 and 1 informed
+the codec, the margin and the guard; those of round 2 informed nothing.
 """
 
 from __future__ import annotations
@@ -10,44 +10,52 @@ import base64
 import importlib
 import inspect
 import json
+import pkgutil
 import random
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from krul_sglang.quality.measure import is_held_out
 
 LONG = 50_000
 """Characters a text is cut to; enough for histories of 8,000 tokens."""
-DEVELOPMENT_CHATS = 50
-DEVELOPMENT_MODULES = (
+ROUNDS = (0, 1, 2)
+CHATS = (0, 50, 110)
+"""The first chat of a round."""
+PASSAGES = (20_000, 70_000, 120_000)
+"""Where in a long text a round's passage begins."""
+MODULES = (
     *("argparse", "dataclasses", "socketserver", "tarfile", "zipfile", "pickle", "ast", "uuid"),
     *("asyncio.base_events", "calendar", "csv", "datetime", "enum", "heapq", "inspect", "logging"),
     *("random", "shutil", "smtplib", "ssl", "statistics", "subprocess", "threading", "typing"),
 )
-LOCALES = ("fr_FR", "de_DE", "ru_RU", "zh_CN", "ar_AA", "el_GR", "ja_JP", "pl_PL", "he_IL", "th_TH")
-FRESH_LOCALES = ("es_ES", "it_IT", "nl_NL", "sv_SE", "cs_CZ", "uk_UA", "ko_KR", "hi_IN", "fa_IR")
-PHRASES = ("The quick brown fox jumps over the lazy dog. ", "0", "ab\n")
-FRESH_PHRASES = ("I am happy to help you with that. ", "=", "yes no ", "1 2 3 4 5 6 7 8 9\n")
+PACKAGES = ("asyncio", "concurrent", "ctypes", "email", "http", "json", "multiprocessing")
+PACKAGES += ("sqlite3", "tkinter", "unittest", "urllib", "wsgiref", "xml", "importlib", "logging")
+LOCALES = (
+    ("fr_FR", "de_DE", "ru_RU", "zh_CN", "ar_AA", "el_GR", "ja_JP", "pl_PL", "he_IL", "th_TH"),
+    ("es_ES", "it_IT", "nl_NL", "sv_SE", "cs_CZ", "uk_UA", "ko_KR", "hi_IN", "fa_IR"),
+    ("pt_BR", "hu_HU", "ro_RO", "bg_BG", "da_DK", "tr_TR", "hy_AM", "sk_SK", "bn_BD", "zh_TW"),
+)
+PHRASES = (
+    ("The quick brown fox jumps over the lazy dog. ", "0", "ab\n"),
+    ("I am happy to help you with that. ", "=", "yes no ", "1 2 3 4 5 6 7 8 9\n"),
+    ("Thank you very much for your patience. ", "#", "la ", "A B C D E F G\n", "to be or not "),
+)
 
 
-def collect(out: Path, prose: Path | None, per_source: int, fresh: bool) -> None:
+def collect(out: Path, prose: Path | None, per_source: int, number: int) -> None:
     """Held-out conversations: people chatting, prose, program text; over 5,000 chars each."""
-    skip = DEVELOPMENT_CHATS if fresh else 0
-    rows = list(_chats())[skip : skip + per_source]
-    texts = []
-    modules = _other_modules() if fresh else DEVELOPMENT_MODULES
-    for name in modules[:per_source]:
-        texts.append(("code", name, inspect.getsource(importlib.import_module(name))))
-    begin = 70_000 if fresh else 20_000
+    rows = list(islice(_chats(), CHATS[number], CHATS[number] + per_source))
+    for name in list(_modules(number))[:per_source]:
+        rows.append(_read_this(f"code/{name}", inspect.getsource(importlib.import_module(name))))
+    passages = []
     for path in sorted(prose.glob("*.txt")) if prose else ():
-        text = path.read_text(errors="replace")[begin:]
+        text = path.read_text(errors="replace")[PASSAGES[number] :]
         if len(text) > 9000:
-            texts.append(("prose", path.stem, text))
-    kept = [t for t in texts if t[0] == "prose"][:per_source]
-    texts = [t for t in texts if t[0] != "prose"] + kept
-    rows += [_read_this(f"{source}/{name}", text) for source, name, text in texts]
-    _write(out, rows)
+            passages.append(_read_this(f"prose/{path.stem}", text))
+    _write(out, rows + passages[:per_source])
 
 
 def _chats() -> Iterator[dict[str, object]]:
@@ -62,25 +70,37 @@ def _chats() -> Iterator[dict[str, object]]:
             yield {"id": f"chat/{identity}", "messages": messages}
 
 
-def _other_modules() -> list[str]:
+def _modules(number: int) -> Iterator[str]:
+    if number == 0:
+        yield from MODULES
+        return
     folder = Path(inspect.getfile(inspect)).parent
-    names = [name for name in sorted(sys.stdlib_module_names) if (folder / f"{name}.py").is_file()]
-    size = {name: (folder / f"{name}.py").stat().st_size for name in names}
-    return [n for n in names if size[n] > 12_000 and n not in DEVELOPMENT_MODULES and n[0] != "_"]
+    names = sorted(sys.stdlib_module_names)
+    if number == 2:
+        paths = [str(folder / package) for package in PACKAGES]
+        names = sorted(
+            f"{package}.{module.name}"
+            for package, path in zip(PACKAGES, paths, strict=True)
+            for module in pkgutil.iter_modules([path])
+        )
+    for name in names:
+        path = (folder / name.replace(".", "/")).with_suffix(".py")
+        here = path.is_file() and not any(word in name for word in ("windows", "win32", "msvc"))
+        if here and name[0] != "_" and name not in MODULES and path.stat().st_size > 12_000:
+            yield name
 
 
-def collect_unlike(out: Path, model: Path, fresh: bool) -> None:
+def collect_unlike(out: Path, model: Path, number: int) -> None:
     """Texts no calibration has seen the like of: other languages, and no language at all."""
     from faker import Faker  # PyPI, MIT
     from transformers import AutoTokenizer
 
-    seed = int(fresh)
-    gen = random.Random(seed)
-    Faker.seed(seed)
+    gen = random.Random(number)
+    Faker.seed(number)
     texts = []
-    for locale in FRESH_LOCALES if fresh else LOCALES:
-        paragraphs = Faker(locale).paragraphs(120 if fresh else 40)
-        texts.append((f"language/{locale}", "\n".join(paragraphs * (1 if fresh else 3))))
+    for locale in LOCALES[number]:
+        paragraphs = Faker(locale).paragraphs(120 if number else 40)
+        texts.append((f"language/{locale}", "\n".join(paragraphs * (1 if number else 3))))
     tokenizer = AutoTokenizer.from_pretrained(str(model))
     for i in range(5):
         texts.append((f"base64/{i}", base64.b64encode(gen.randbytes(8000)).decode()))
@@ -88,21 +108,24 @@ def collect_unlike(out: Path, model: Path, fresh: bool) -> None:
         texts.append((f"random/{i}", tokenizer.decode(ids, skip_special_tokens=True)))
         numbers = [str(gen.randrange(10 ** gen.randrange(1, 8))) for _ in range(3000)]
         texts.append((f"numbers/{i}", " ".join(numbers)))
-    for i, phrase in enumerate(FRESH_PHRASES if fresh else PHRASES):
+    for i, phrase in enumerate(PHRASES[number]):
         texts.append((f"repeated/{i}", phrase * 3000))
-    if fresh:
-        texts += _other_code()
+    if number:
+        texts += list(_other_code(number))
     _write(out, [_read_this(name, text) for name, text in texts])
 
 
-def _other_code() -> Iterator[tuple[str, str]]:
+def _other_code(number: int) -> Iterator[tuple[str, str]]:
     """C++ and JavaScript, from packages that are installed anyway."""
     import matplotlib
     import torch
 
-    headers = sorted((Path(torch.__file__).parent / "include" / "ATen").glob("*.h"))
+    folder = Path(torch.__file__).parent / "include" / ("ATen" if number == 1 else "c10")
+    headers = sorted(folder.glob("*.h" if number == 1 else "*/*.h"))
     scripts = sorted(Path(matplotlib.__file__).parent.rglob("*.js"))
     for language, files in (("cpp", headers), ("js", scripts)):
+        if language == "js" and number == 2:
+            continue  # the two there are were of round 1
         large = [path for path in files if path.stat().st_size > 9000][:6]
         yield from ((f"{language}/{path.stem}", path.read_text()) for path in large)
 

@@ -141,7 +141,8 @@ class PredictiveCodec(Codec):
         shared = sorted(set(strategy.shared))
         extra_fields = {"profile": profile.id, "step": step, "sizes": sizes, "shared": shared}
         payload = pack_payload(self.name, spec, run.tokens, run.start, frames, extra_fields)
-        return payload, Measured(error, tuple(novelty))
+        repetitive = tokens > 0 and _is_repetitive(run.v[0, sinks:])
+        return payload, Measured(error, tuple(novelty), repetitive)
 
     def open(self, payload: bytes) -> SegmentReader:
         """Check header and sizes; frames are checked as they are read."""
@@ -179,6 +180,13 @@ def _measure(
     distance = (residual @ maps.forward) / maps.sigma
     far = distance.square().mean(1).clamp_max(FARTHEST)
     return float(error.square().sum(1).mean()), float(far.mean())
+
+
+def _is_repetitive(v: torch.Tensor) -> bool:
+    """Whether ``v`` (``[tokens, heads, dim]`` of the lowest layer, which knows of a token only
+    which one it is) holds hardly more than one token in 32 that differs."""
+    rows = v[:: max(1, len(v) // MEASURED_TOKENS)].flatten(1)
+    return len(rows) >= MEASURED_TOKENS // 4 and len(rows.unique(dim=0)) <= len(rows) // 32
 
 
 def _encode_layer(

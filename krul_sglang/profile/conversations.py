@@ -38,8 +38,48 @@ OPENINGS: tuple[tuple[str, ...], ...] = (
     ("Draft a contract clause about late delivery.", "Explain it in plain words."),
     ("Recommend some books about the sea.", "What is the second one about?"),
     ("My laptop does not turn on. What should I check?", "The light blinks. And now?"),
+    ("Write a scene of a play: two brothers and a lost letter.", "Add a third voice to it."),
+    ("hey, are you any good at naming cats? mine is orange", "lol ok. he also bites"),
+    ("Translate to Spanish: the train leaves at nine.", "Now to German, please."),
+    ("Write a C function that reverses a string in place.", "Why is there no memory leak?"),
+    ("Give me a JSON object that describes a library book.", "Add two authors and an address."),
+    ("What did people eat in ancient Rome?", "And the poor, on an ordinary day?"),
+    ("My sister and I argued about money again.", "I did say something I regret."),
+    ("Write the minutes of a meeting about a new bridge.", "List the open questions."),
+    ("Explain recursion with a kitchen example.", "Show it as pseudocode."),
+    ("Tell me a joke about a penguin.", "Explain why it is funny."),
+    ("What is the weather like on Mars?", "Could a plant survive there?"),
+    ("Write a sonnet about an old coat.", "Make it rhyme less."),
+    ("Give me a SQL query for the ten largest orders.", "Only those of last March."),
+    ("How do I change a flat tire?", "I have no jack. What now?"),
+    ("Describe your perfect city.", "Who would not like to live there?"),
+    ("Pretend to be a pirate who sells insurance.", "I want to buy the cheapest one."),
+    ("What is the plot of a good detective story?", "Who did it, and how is it found out?"),
+    ("Write an HTML page with a list of three films.", "Style the titles in red."),
+    ("Why do cats purr?", "Is it the same with tigers?"),
+    ("i cant sleep. what should i think about", "that made it worse haha"),
+    ("Summarize the rules of football in five points.", "What is the offside rule?"),
+    ("What is a derivative in calculus?", "Differentiate x^3 - 2x + 1."),
+    ("Write a letter from a soldier to his mother.", "And her answer."),
+    ("Which plants grow well in the shade?", "I live near the sea."),
+    ("Write a bash script that renames photos by date.", "What if two have the same date?"),
+    ("Who was Marie Curie?", "What was she like as a person?"),
+    ("Give me a workout for a small room.", "My knees hurt. Change it."),
+    ("What are the pros and cons of nuclear power?", "Which of them is most disputed?"),
+    ("Write the first page of a fantasy novel.", "Continue from the dragon's view."),
+    ("Name some classical composers and their works.", "Which one should I hear first?"),
+    ("Explain a mortgage to someone of eighteen.", "What if rates go up?"),
+    ("Write a product description for a wooden lamp.", "Now as a complaint about it."),
+    ("What is a black hole?", "What would I see while falling in?"),
+    ("Write regular expressions for dates and e-mails.", "Explain the second one."),
+    ("Make a quiz about rivers.", "Give the answers, with a fact for each."),
+    ("How is cheese made?", "Why do some have holes?"),
+    ("Speak like Shakespeare about my broken phone.", "Now like a news reporter."),
+    ("What should I pack for a week in Iceland?", "And with a baby?"),
+    ("Write a dialogue on whether machines can think.", "Let the sceptic win."),
+    ("List the planets with their sizes in a table.", "Add the number of moons."),
 )
-BATCH = 12
+BATCH = 32
 """Conversations that are generated together."""
 
 
@@ -97,7 +137,11 @@ def generate_conversations(
 def _sample(
     model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], limit: int, seed: int
 ) -> list[str]:
-    """One sampled continuation per row, all rows in one left-padded batch."""
+    """One sampled continuation per row, all rows in one left-padded batch.
+
+    From the whole distribution: maps fitted on text of a lower temperature fit people's
+    text worse (at ten times less, half as much divergence again).
+    """
     width = max(len(row) for row in rows)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = torch.full((len(rows), width), pad)
@@ -111,8 +155,8 @@ def _sample(
             input_ids=ids,
             attention_mask=mask,
             do_sample=True,
-            temperature=0.8,
-            top_k=40,
+            temperature=1.0,
+            top_k=0,
             max_new_tokens=limit,
             pad_token_id=pad,
         )

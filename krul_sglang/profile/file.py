@@ -16,7 +16,7 @@ import torch
 from krul_sglang.profile.base import LayerMaps, Profile, ProfileError
 from krul_sglang.profile.rope import Rope
 
-FORMAT = "2"
+FORMAT = "3"
 _SAMPLE = 1 << 16
 _STRIDE = 1 << 24
 _LAYER_TENSORS = ("bias", "down", "up", "forward", "inverse", "sigma", "token")

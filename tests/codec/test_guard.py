@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
+import torch
 from small_profile import PROFILE, make_run, spec_of
 
 from krul_sglang.codec.base import KVRun
@@ -45,7 +47,7 @@ def steps_tried(error: float, novelty: tuple[float, ...]) -> tuple[list[float], 
 def test_text_like_the_calibration_keeps_the_budgets_step() -> None:
     step = HOME.step_for(BUDGET)
     _, error = HOME.cost_at(step)
-    tried, payload = steps_tried(ERROR_SPREAD * error, (1.5, 3.0))
+    tried, payload = steps_tried(ERROR_SPREAD * error, (0.99 * UNLIKE, 1.98 * UNLIKE))
     assert tried == [step]
     assert payload == str(step).encode()
 
@@ -89,6 +91,25 @@ def test_foreign_keys_are_given_up_at_once_and_stubborn_error_after_some_tries()
     tried, payload = steps_tried(1e3, (1.0, 1.0))
     assert payload is None
     assert len(tried) == TRIES
+
+
+@pytest.mark.parametrize(
+    ("kinds", "tokens", "found"),
+    [(1, 200, True), (3, 200, True), (12, 200, False), (1, 20, False), (200, 200, False)],
+)
+def test_mere_repetition_is_given_up_on(kinds: int, tokens: int, found: bool) -> None:
+    """A few tokens over and over, at other positions each time; too short a run says nothing."""
+    codec = PredictiveCodec(spec_of("float32"), PROFILE)
+    few = make_run(kinds, 7, "float32", 10)
+    again = (
+        [few.k[:, i % kinds] for i in range(tokens)],
+        [few.v[:, i % kinds] for i in range(tokens)],
+    )
+    run = KVRun(*(torch.stack(x, 1) for x in again), 10)
+    _, measured = codec.encode_at(run, Strategy("predictive"), 0.1)
+    assert measured.repetitive is found
+    at_home = Measured(0.0, (1.0,), measured.repetitive)
+    assert penalty(PROFILE, at_home, 0.1) == (math.inf if found else 1.0)
 
 
 def test_no_tokens_cost_nothing() -> None:

@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 MODEL  ?= models/SmolLM2-135M-Instruct
+# Most of a test's time is one process starting; two at a time share a model's profile.
+PYTEST  = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+JOBS   ?= 2
 # The repository root must not be on the import path of a server: it holds folders
 # (kernels/, demo/) that would shadow packages SGLang imports.
 export PYTHONSAFEPATH := 1
@@ -30,13 +33,13 @@ doctor: setup ## check this installation
 	@$(BIN)/krul doctor
 
 test: model ## all tests that fit in minutes
-	@$(BIN)/python -m pytest -m "not long and not gpu" $(ARGS)
+	@$(PYTEST) -m "not long and not gpu" $(ARGS)
 
 test-unit: setup ## tests without a server, under a minute
-	@$(BIN)/python -m pytest -m "not long and not gpu and not server and not process" $(ARGS)
+	@$(PYTEST) -m "not long and not gpu and not server and not process" $(ARGS)
 
 test-long: model ## every test
-	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	@$(PYTEST) -m "not gpu" $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

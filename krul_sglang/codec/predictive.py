@@ -184,9 +184,13 @@ def _measure(
 
 def _is_repetitive(v: torch.Tensor) -> bool:
     """Whether ``v`` (``[tokens, heads, dim]`` of the lowest layer, which knows of a token only
-    which one it is) holds hardly more than one token in 32 that differs."""
+    which one it is) is as varied as a 16th of its tokens, all different, at most: the
+    perplexity of its tokens' frequencies."""
     rows = v[:: max(1, len(v) // MEASURED_TOKENS)].flatten(1)
-    return len(rows) >= MEASURED_TOKENS // 4 and len(rows.unique(dim=0)) <= len(rows) // 32
+    if len(rows) < MEASURED_TOKENS // 4:
+        return False
+    share = rows.unique(dim=0, return_counts=True)[1] / len(rows)
+    return float((-share * share.log()).sum().exp()) <= len(rows) / 16
 
 
 def _encode_layer(

@@ -46,7 +46,7 @@ def chat_model() -> Path:
 
 @pytest.fixture(scope="session")
 def chat_profile(chat_model: Path) -> Path:
-    """The chat model's profile, made by `krul calibrate` (two minutes) if there is none."""
+    """The chat model's profile, made by `krul calibrate` (four minutes) if there is none."""
     path = chat_model.with_suffix(".krul.safetensors")
     with FileLock(f"{path}.lock"):  # test processes run side by side
         try:

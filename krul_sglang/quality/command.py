@@ -48,8 +48,8 @@ def run(
     for the user.
 
     build: makes the policies called ``names``, of which there are ``known``.
-    profile: where the model's lies; None
-        takes the cache folder's, calibrating first if there is none.
+    profile: where the model's lies; None takes the cache folder's, calibrating first if
+        there is none.
     """
     console = Console(stderr=True, highlight=False)
     check_names(names, known)

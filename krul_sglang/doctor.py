@@ -63,6 +63,8 @@ def checks(model: Path | None) -> Iterator[Check]:
         yield Check("settings", False, str(error), "correct or unset that variable")
         return
     yield _memory(config)
+    if model is not None and config.needs_profile:
+        yield _profile(model, config)
     if sglang.ok:
         yield from _inside_sglang(model)
 
@@ -103,6 +105,24 @@ def _memory(config: KrulConfig) -> Check:
         found,
         "lower --krul-host-memory (KRUL_HOST_MEMORY)",
     )
+
+
+def _profile(model: Path, config: KrulConfig) -> Check:
+    from krul_sglang.profile.base import ProfileError
+    from krul_sglang.profile.locate import default_path, load_ranks
+
+    fix = "`krul calibrate`, or --krul-policy lossless, which needs none"
+    try:
+        path = config.profile or default_path(model)
+        if config.profile is None and not path.is_file():
+            return Check("profile", True, "none yet; the first start calibrates, in minutes")
+        if any(path.parent.glob(f"{path.stem}.rank*of*{path.suffix}")):
+            return Check("profile", True, f"{path}, one file a rank")
+        load_ranks(model, path, 1)
+    except ProfileError as error:
+        # Without the flag a stale one is simply made anew.
+        return Check("profile", config.profile is None and model.is_dir(), str(error), fix)
+    return Check("profile", True, str(path))
 
 
 def _inside_sglang(model: Path | None) -> Iterator[Check]:

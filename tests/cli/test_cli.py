@@ -56,7 +56,8 @@ def test_doctor_passes_here(chat_model):
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert all(line.startswith("ok") for line in lines)
-    for name in ("Python", "torch", "sglang", "plugin loaded", "hooks applied", "model supported"):
+    names = ("Python", "torch", "sglang", "profile", "plugin loaded", "hooks applied")
+    for name in (*names, "model supported"):
         assert any(name in line for line in lines)
 
 
@@ -74,6 +75,15 @@ def test_doctor_notices_too_large_a_budget():
     assert done.returncode == 1
     assert "lower --krul-host-memory" in done.stdout
     assert "plugin loaded: no" in done.stdout
+
+
+@pytest.mark.process
+def test_doctor_looks_at_the_profile(chat_model: Path, tmp_path: Path):
+    env = {"SGLANG_PLUGINS": "none", "XDG_CACHE_HOME": str(tmp_path)}
+    assert "none yet; the first start" in krul("doctor", "--model", str(chat_model), **env).stdout
+    done = krul("doctor", "--model", str(chat_model), **env, KRUL_PROFILE="/nowhere")
+    assert done.returncode == 1
+    assert "FAIL profile: /nowhere: no such file -> `krul calibrate`" in done.stdout
 
 
 def test_documented_flags_are_current():

@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 MODEL  ?= models/SmolLM2-135M-Instruct
-# Most of a test's time is one process starting; two at a time share a model's profile.
-PYTEST  = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# Most of a test's time is one process starting, so two run at a time; two torch threads each
+# would collapse on two cores.
+PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 JOBS   ?= 2
 # The repository root must not be on the import path of a server: it holds folders
 # (kernels/, demo/) that would shadow packages SGLang imports.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
+from tiny_model import write_model
 
 pytestmark = pytest.mark.server
 
@@ -31,3 +34,25 @@ def test_two_ranks_restore_exactly(serve, tiny, talk, host_hits, two_ranks):
     assert state["restored_tokens"] == host_hits(done)
     assert state["protected_tokens"] == state["lost_segments"] == state["dropped_tokens"] == 0
     assert "mismatch" not in log.lower()
+
+
+@pytest.mark.long
+def test_each_rank_stores_with_its_own_profile(serve, two_ranks, tmp_path):
+    """The first start calibrates both ranks; what comes back is reported as lossy."""
+    model = write_model(tmp_path / "model", "qwen2", head_dim=32, max_position_embeddings=4096)
+    env = {**two_ranks, "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
+    env["XDG_CACHE_HOME"] = str(tmp_path)
+    flags = ("--enable-krul", "--max-total-tokens", "192", "--tp-size", "2")
+    rng = random.Random(5)
+    prompts = [[rng.randrange(1, 90) for _ in range(100)] for _ in range(3)]
+    with serve(*flags, model=model, env=env) as server:
+        for prompt in prompts:
+            server.generate(prompt, 2)
+        for prompt in prompts:
+            details = server.generate(prompt, 2)["meta_info"]["cached_tokens_details"]
+            assert details["lossy"] > 0
+        state = server.krul()
+    assert len(list((tmp_path / "krul").glob("*.rank?of2.safetensors"))) == 2
+    assert state["restored_tokens"] > 150
+    assert state["memory"]["profile"] > 0
+    assert state["protected_tokens"] == state["lost_segments"] == 0

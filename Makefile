@@ -13,7 +13,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo serve doctor test test-unit test-long lint format docs clean
+.PHONY: help setup model profile demo serve doctor test test-unit test-long lint format docs clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -24,6 +24,10 @@ setup: ## create .venv and install everything (chooses CPU or GPU by itself)
 model: setup ## convert the chat model SmolLM2-135M-Instruct into models/
 	@$(BIN)/python demo/prepare_model.py --out $(MODEL)
 
+# Before the tests and with all cores: two of them at a time would wait for it.
+profile: model
+	@test -s $(MODEL).krul.safetensors || $(BIN)/krul calibrate --model $(MODEL) --out $(MODEL).krul.safetensors
+
 demo: model ## a conversation that is evicted and restored, turn by turn
 	@$(BIN)/python demo/terminal.py --model $(MODEL) $(ARGS)
 
@@ -33,13 +37,13 @@ serve: model ## serve the chat model with Krul (ARGS="--krul-policy lossless")
 doctor: setup ## check this installation
 	@$(BIN)/krul doctor
 
-test: model ## all tests that fit in minutes
+test: profile ## all tests that fit in minutes
 	@$(PYTEST) -m "not long and not gpu" $(ARGS)
 
 test-unit: setup ## tests without a server, under a minute
 	@$(PYTEST) -m "not long and not gpu and not server and not process" $(ARGS)
 
-test-long: model ## every test
+test-long: profile ## every test
 	@$(PYTEST) -m "not gpu" $(ARGS)
 
 lint: setup ## ruff and mypy

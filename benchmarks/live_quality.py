@@ -52,9 +52,13 @@ def likeliest(server: LiveServer, ids: Sequence[int], history: int) -> dict[str,
 
 
 def sealed(server: LiveServer) -> dict[str, Any]:
-    """The krul block, once nothing waits to be encoded."""
+    """The krul block, once nothing waits to be encoded. Raises OSError when that never comes:
+    what could not be encoded stays in staging."""
+    deadline = time.monotonic() + 120
     while (state := server.krul())["memory"]["staging"]:
-        time.sleep(0.1)
+        if time.monotonic() > deadline:
+            raise OSError("the server does not finish encoding; see its log")
+        time.sleep(0.1)  # between two questions over HTTP
     return state
 
 

@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,13 +27,27 @@ from krul_sglang.codec.base import KVRun, KVSpec
 from krul_sglang.codec.registry import make_codec
 from krul_sglang.profile.conversations import chat_ids
 from krul_sglang.profile.locate import ensure, load_ranks
-from krul_sglang.quality.forward import divergence, load_model, turn
+from krul_sglang.quality.forward import cache_of, divergence, load_model
 from krul_sglang.quality.measure import Policy, codec_policy, read_conversations, spec_of
 from krul_sglang.strategy.base import Strategy
 
 
+@torch.no_grad()
+def turn(
+    model: Any, k: torch.Tensor, v: torch.Tensor, ids: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of ``ids`` fed after the cache ``(k, v)``, and the ids' own k and v, in the
+    cache's layout, float32. The cache may be empty (no tokens) and is left as it is."""
+    cache = cache_of(k, v)
+    out = model(torch.tensor([list(ids)]), past_key_values=cache, use_cache=True)
+    own: list[Any] = list(cache.layers)
+    new_k = torch.stack([layer.keys[0, :, k.shape[1] :].transpose(0, 1) for layer in own])
+    new_v = torch.stack([layer.values[0, :, k.shape[1] :].transpose(0, 1) for layer in own])
+    return out.logits[0], new_k, new_v
+
+
 def follow(
-    model: object, spec: KVSpec, ids: list[int], turns: int, policy: Policy
+    model: Any, spec: KVSpec, ids: list[int], turns: int, policy: Policy
 ) -> list[dict[str, float]]:
     """KL (nats), the control's KL, top-1 agreement and ratio, from the second turn on."""
     size = len(ids) // (turns + 1)

@@ -63,7 +63,7 @@ def serve(chat_model: Path) -> Serve:
 
     float32, because greedy tokens in bfloat16 may differ between two correct runs
     that put different numbers of rows through one forward pass. The leak check is
-    strict: a leaked slot ends the server.
+    strict: a leaked slot ends the server. Idle servers sleep: several are up at a time.
     """
 
     @contextmanager
@@ -74,7 +74,9 @@ def serve(chat_model: Path) -> Serve:
         cwd: Path | None = None,
     ) -> Iterator[LiveServer]:
         strict = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1", **(env or {})}
-        server = LiveServer(model, ["--dtype", "float32", *flags], env=strict, cwd=cwd)
+        server = LiveServer(
+            model, ["--dtype", "float32", "--sleep-on-idle", *flags], env=strict, cwd=cwd
+        )
         try:
             server.start()
             yield server

@@ -92,12 +92,15 @@ class SegmentReader(ABC):
     def layers_of(self, parts: Sequence[Part]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """As :meth:`layers`, for the tokens of all ``parts`` side by side.
 
-        The parts' readers have this one's ``batch_key``. Short runs decode several times
-        faster so than one by one. Damage does not say in which part it is.
+        The parts' readers have this one's ``batch_key``. A codec that can decode them as one
+        run overrides this. Damage does not say in which part it is.
         """
-        if len(parts) != 1:
-            raise NotImplementedError("this codec reads one segment at a time")
-        return parts[0].reader.layers(parts[0].lo, parts[0].hi)
+        import torch
+
+        alone = [part.reader.layers(part.lo, part.hi) for part in parts]
+        for layer in zip(*alone, strict=True):
+            k, v = zip(*layer, strict=True)
+            yield (k[0], v[0]) if len(parts) == 1 else (torch.cat(k), torch.cat(v))
 
 
 class Part(NamedTuple):

@@ -52,7 +52,7 @@ def run(
         there is none.
     """
     console = Console(stderr=True, highlight=False)
-    check_names(names, known)
+    check_names(names, budget, known)
     texts = read_conversations(conversations)
     if out is not None:
         with TemporaryFile(dir=out.parent):  # fails now and not after minutes of measuring

@@ -64,24 +64,12 @@ def continuation_logits(
 
     Differentiable in ``k`` and ``v`` where autograd is on.
     """
-    return model(torch.tensor([list(ids)]), past_key_values=_cache(k, v), use_cache=True).logits[0]
+    return model(torch.tensor([list(ids)]), past_key_values=cache_of(k, v), use_cache=True).logits[
+        0
+    ]
 
 
-@torch.no_grad()
-def turn(
-    model: Any, k: torch.Tensor, v: torch.Tensor, ids: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits of ``ids`` fed after the cache ``(k, v)``, and the ids' own k and v, in the
-    cache's layout, float32. The cache may be empty (no tokens) and is left as it is."""
-    cache = _cache(k, v)
-    out = model(torch.tensor([list(ids)]), past_key_values=cache, use_cache=True)
-    own: list[Any] = list(cache.layers)
-    new_k = torch.stack([layer.keys[0, :, k.shape[1] :].transpose(0, 1) for layer in own])
-    new_v = torch.stack([layer.values[0, :, k.shape[1] :].transpose(0, 1) for layer in own])
-    return out.logits[0], new_k, new_v
-
-
-def _cache(k: torch.Tensor, v: torch.Tensor) -> Any:
+def cache_of(k: torch.Tensor, v: torch.Tensor) -> Any:
     from transformers import DynamicCache
 
     cache = DynamicCache()

@@ -24,7 +24,13 @@ from krul_sglang.codec.base import Codec, KVRun, KVSpec
 from krul_sglang.codec.registry import make_codec
 from krul_sglang.config import POLICIES
 from krul_sglang.profile.conversations import chat_ids
-from krul_sglang.quality.forward import Divergence, continuation_logits, divergence, history_kv
+from krul_sglang.quality.forward import (
+    Divergence,
+    cache_of,
+    continuation_logits,
+    divergence,
+    history_kv,
+)
 from krul_sglang.strategy.base import Strategy
 from krul_sglang.strategy.pairs import fixed_pairs, select_pairs
 
@@ -160,15 +166,15 @@ def budget_of(name: str, default: float) -> float:
     return budget
 
 
-def check_names(names: Sequence[str], known: Sequence[str] = POLICIES) -> None:
-    """Raise ValueError for a name that is no policy, or has a budget that is none."""
+def check_names(names: Sequence[str], budget: float, known: Sequence[str] = POLICIES) -> None:
+    """Raise ValueError for a name that is no policy, or a budget that is none."""
     for name in names:
         policy = name.partition("@")[0]
         if policy not in known:
             near = difflib.get_close_matches(policy, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"unknown policy {name!r} (known: {', '.join(known)}){hint}")
-        budget_of(name, 1.0)
+        budget_of(name, budget)
 
 
 def package_policies(
@@ -180,7 +186,7 @@ def package_policies(
     pairs as those, selected per history as in the Krul paper: our reimplementations.
     Raises ValueError for a name that is none, or where a profile is needed and missing.
     """
-    check_names(names)
+    check_names(names, budget)
     out: dict[str, Policy] = {}
     fixed = fixed_pairs(spec.layers)
     for name in names:
@@ -209,13 +215,8 @@ def attention_rows(
     cache ``(k, v)`` of the rest; keys are all of ``ids``. Raises ValueError where the model
     reports no attention, or not that of every layer.
     """
-    from transformers import DynamicCache
-
     cut = max(0, len(ids) - ATTENTION_ROWS)
-    cache = DynamicCache()
-    for layer in range(k.shape[0] if cut else 0):
-        head_k, head_v = (x[layer, :cut].transpose(0, 1)[None].float() for x in (k, v))
-        cache.update(head_k, head_v, layer)
+    cache = cache_of(k[:, :cut], v[:, :cut])
     kept = model.config._attn_implementation
     model.set_attn_implementation("eager")  # no other one returns its probabilities
     try:

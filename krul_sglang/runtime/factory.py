@@ -108,5 +108,5 @@ def lossy_strategy(config: KrulConfig, layers: int) -> Strategy | None:
         case "predictive":
             return Strategy("predictive", config.quality_budget)
         case "fixed":
-            return Strategy("pair_merge", config.quality_budget, pairs=tuple(fixed_pairs(layers)))
+            return Strategy("pair_merge", pairs=fixed_pairs(layers))
     return None

@@ -54,23 +54,18 @@ def _path(config: KrulConfig, record: Any) -> Path | None:
     except (OSError, ValueError) as error:
         raise KrulConfigError(f"--model-path={cfg.model_path}: no readable config.json") from error
     if config.profile is None:
-        try:
-            path = ensure(model, ranks, lambda line: logger.warning("Krul: %s", line))
-            profiles = load_ranks(model, path, ranks)
-        except ProfileError as error:
-            raise KrulConfigError(
-                f"--krul-policy={config.policy}: no profile could be made: {error}; try `krul "
-                f"calibrate --model {model}`, or {EXACTLY}"
-            ) from error
+        blame = f"--krul-policy={config.policy}: no profile could be made"
+        fix = f"try `krul calibrate --model {model}`"
     else:
-        path = config.profile.absolute()
-        try:
-            profiles = load_ranks(model, path, ranks)
-        except ProfileError as error:
-            raise KrulConfigError(
-                f"--krul-profile={config.profile}: {error}; without the flag one is made, and "
-                f"{EXACTLY}"
-            ) from error
+        blame, fix = f"--krul-profile={config.profile}", "without the flag one is made"
+    try:
+        if config.profile is None:
+            path = ensure(model, ranks, lambda line: logger.warning("Krul: %s", line))
+        else:
+            path = config.profile.absolute()
+        profiles = load_ranks(model, path, ranks)
+    except ProfileError as error:
+        raise KrulConfigError(f"{blame}: {error}; {fix}, and {EXACTLY}") from error
     _check_memory(config, max(profile.nbytes for profile in profiles), ranks * max(1, cfg.dp_size))
     return path
 

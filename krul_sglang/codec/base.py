@@ -43,9 +43,14 @@ class KVSpec:
         return {"float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
 
     @property
+    def layer_scalars(self) -> int:
+        """Scalars of one token in one layer, K and V."""
+        return self.kv_heads * (self.head_dim + self.v_head_dim)
+
+    @property
     def token_bytes(self) -> int:
         """Raw bytes of one token over all layers, K and V."""
-        return self.layers * self.kv_heads * (self.head_dim + self.v_head_dim) * self.itemsize
+        return self.layers * self.layer_scalars * self.itemsize
 
 
 @dataclass(frozen=True)

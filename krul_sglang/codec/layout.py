@@ -6,7 +6,7 @@ bin of :mod:`krul_sglang.codec.symbols`, within a bin by layer, class and coeffi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 FACTORS = tuple(2.0 ** (0.75 * (c - 2)) for c in range(4))
 """Step of a token's class against the segment's step, the most important class first."""
+SINKS = 4
+"""Tokens at the start of a sequence that are kept at 16 bits: attention sinks."""
+EXPANSION = 512
+"""A frame may hold at most this many times its length; what packs better is no KV."""
 GROUP_SYMBOLS = 128 * 1024
 """Layers share a frame until it holds this many symbols, so short runs stay small."""
 
@@ -93,6 +97,15 @@ def cells_of(plans: Sequence[Plan], counts: Sequence[np.ndarray]) -> list[list[C
             if ends[c + 1] > ends[c]:
                 out[b].append(Cell(layer, first, last, ends[c], ends[c + 1]))
     return out
+
+
+def slabs_of(count: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """``(class, begin, end)`` of the tokens of each class that occurs."""
+    end = 0
+    for c, tokens in enumerate(count.tolist()):
+        begin, end = end, end + tokens
+        if tokens:
+            yield c, begin, end
 
 
 def pack_classes(classes: np.ndarray) -> bytes:

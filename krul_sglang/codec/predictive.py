@@ -13,38 +13,37 @@ group of layers: token classes, symbols bin by bin, overflow (low bytes, high by
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
-from itertools import accumulate
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 import zstandard
 
-from krul_sglang.codec.base import Codec, CodecError, KVRun, KVSpec, Part, SegmentReader
-from krul_sglang.codec.frames import open_frame, pack_payload, unpack_payload
+from krul_sglang.codec.base import Codec, KVRun, KVSpec, SegmentReader
+from krul_sglang.codec.frames import pack_payload
 from krul_sglang.codec.guard import Measured, guarded
 from krul_sglang.codec.layout import (
+    EXPANSION,
     FACTORS,
-    Cell,
+    SINKS,
     Plan,
     cells_of,
     groups_of,
     pack_classes,
     plans_of,
-    unpack_classes,
+    slabs_of,
 )
 from krul_sglang.codec.lossless import LosslessCodec, check_run, huffman_compressor
-from krul_sglang.codec.symbols import ALPHABETS, pack, saturated, unpack
+from krul_sglang.codec.predictive_reader import PredictiveReader
+from krul_sglang.codec.symbols import ALPHABETS, pack
 from krul_sglang.strategy.base import EXACT
 
 if TYPE_CHECKING:
     from krul_sglang.profile.base import LayerMaps, Profile
     from krul_sglang.strategy.base import Strategy
 
-SINKS = 4
-"""Tokens at the start of a sequence that are kept at 16 bits: attention sinks."""
 ROUNDING = 0.4
 """Dead zone: less than this share of a step rounds up; saves 5 % at equal divergence."""
 STRENGTH = 0.4
@@ -54,8 +53,6 @@ MEASURED_TOKENS = 128
 """About how many tokens of a run the guard looks at."""
 FARTHEST = 16.0
 """What a token's distance counts at most: one odd token does not make a text unlike."""
-EXPANSION = 512
-"""A frame may hold at most this many times its length; what packs better is no KV."""
 
 
 class PredictiveCodec(Codec):
@@ -102,7 +99,7 @@ class PredictiveCodec(Codec):
         sizes: list[int] = []
         novelty: list[float] = []
         error = 0.0
-        for a, b in groups_of(spec.layers, tokens * _dim(spec)):
+        for a, b in groups_of(spec.layers, tokens * spec.layer_scalars):
             parts: list[bytes] = []
             counts, symbols = [], []
             for layer in range(a, b):
@@ -146,11 +143,7 @@ class PredictiveCodec(Codec):
 
     def open(self, payload: bytes) -> SegmentReader:
         """Check header and sizes; frames are checked as they are read."""
-        return _PredictiveReader(payload, self)
-
-
-def _dim(spec: KVSpec) -> int:
-    return spec.kv_heads * (spec.head_dim + spec.v_head_dim)
+        return PredictiveReader(payload, self)
 
 
 def _given_classes(classes: bytes, layers: int, tokens: int) -> np.ndarray | None:
@@ -200,11 +193,11 @@ def _encode_layer(
     and a sample of the rows that were to be coded."""
     order = torch.from_numpy(np.argsort(classes, kind="stable"))
     count = np.bincount(classes, minlength=len(FACTORS))
-    rows = _predict(below, plan.maps, order)
+    rows = plan.maps.predict(below, order)
     residual = x[order].sub_(rows)
     sample = residual[:: max(1, len(x) // MEASURED_TOKENS)].clone()
     symbols = np.zeros((len(x), plan.width), np.int32)
-    for c, begin, end in _slabs(count):
+    for c, begin, end in slabs_of(count):
         width, scale = plan.widths[c], step * FACTORS[c]
         y = (residual[begin:end] @ plan.maps.forward[:, :width]).mul_(1 / scale).numpy()
         if y.size and not max(float(y.max()), -float(y.min())) < 2**24:
@@ -217,22 +210,6 @@ def _encode_layer(
     rebuilt = residual  # its memory is free now
     rebuilt[order] = rows
     return symbols, rebuilt, count, sample
-
-
-def _slabs(count: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """``(class, begin, end)`` of the tokens of each class that occurs."""
-    end = 0
-    for c, tokens in enumerate(count.tolist()):
-        begin, end = end, end + tokens
-        if tokens:
-            yield c, begin, end
-
-
-def _predict(below: torch.Tensor | None, maps: LayerMaps, order: torch.Tensor) -> torch.Tensor:
-    if below is None:
-        return maps.bias.expand(len(order), -1).clone()
-    # Reordered where it is narrowest.
-    return torch.addmm(maps.bias, (below @ maps.down)[order], maps.up)
 
 
 def _compress(blocks: Sequence[bytes]) -> tuple[bytes, int]:
@@ -248,173 +225,3 @@ def _compress(blocks: Sequence[bytes]) -> tuple[bytes, int]:
     if size > EXPANSION * len(frame):
         raise ValueError("too regular for this codec")
     return frame, size
-
-
-class _Coded(NamedTuple):
-    """A layer of some tokens as it is stored: the tokens sorted by class, how many of each
-    class there are, and symbols ``[width, tokens]`` float32 in that order."""
-
-    order: np.ndarray
-    of_class: np.ndarray
-    symbols: np.ndarray
-
-
-def _side_by_side(parts: Sequence[_Coded]) -> _Coded:
-    """One run's tokens after the other's, again sorted by class."""
-    offsets = accumulate((len(part.order) for part in parts), initial=0)
-    slabs = [
-        (c, part.order[begin:end] + offset, part.symbols[:, begin:end])
-        for offset, part in zip(offsets, parts, strict=False)
-        for c, begin, end in _slabs(part.of_class)
-    ]
-    slabs.sort(key=lambda slab: slab[0])
-    return _Coded(
-        np.concatenate([order for _, order, _ in slabs]) if slabs else parts[0].order,
-        np.sum([part.of_class for part in parts], axis=0),
-        np.concatenate([symbols for *_, symbols in slabs], 1) if slabs else parts[0].symbols,
-    )
-
-
-class _PredictiveReader(SegmentReader):
-    """Reads group by group; every iterator has its own decompressor and state."""
-
-    def __init__(self, payload: bytes, codec: PredictiveCodec) -> None:
-        spec = codec.spec
-        fields = {"profile": str, "step": float, "sizes": list, "shared": list}
-        header, frames = unpack_payload(payload, codec.name, spec, fields)
-        if header["profile"] != codec.profile.id:
-            raise CodecError(f"written with profile {header['profile'][:16]!r}, not this one")
-        step: float = header["step"]
-        if not 1e-30 < step < 1e30:
-            raise CodecError("step out of range")
-        self._spec, self._profile, self._step = spec, codec.profile, step
-        self._plans = codec.plans
-        self._shared = tuple(header["shared"])
-        if len(self._shared) > spec.layers or any(type(n) is not int for n in self._shared):
-            raise CodecError("the list of shared layers is none")
-        self.tokens: int = header["tokens"]
-        self.start: int = header["start"]
-        self._skip = min(self.tokens, max(0, SINKS - self.start))
-        self._coded = self.tokens - self._skip
-        self._groups = groups_of(spec.layers, self._coded * _dim(spec))
-        self._frames, self._sizes = frames[1:], header["sizes"]
-        if len(self._frames) != len(self._groups) or len(self._sizes) != len(self._groups):
-            raise CodecError("number of frames differs from what the shape implies")
-        for (a, b), frame, size in zip(self._groups, self._frames, self._sizes, strict=True):
-            least = (b - a) * -(-self._coded // 4)
-            if type(size) is not int or not least <= size <= EXPANSION * len(frame):
-                raise CodecError("a frame's size differs from what the shape allows")
-        self._sinks: SegmentReader | None = None
-        if self._skip:
-            self._sinks = codec._sinks.open(bytes(frames[0]))
-            if (self._sinks.tokens, self._sinks.start) != (self._skip, self.start):
-                raise CodecError("the sink tokens are not those the header implies")
-        elif len(frames[0]):
-            raise CodecError("sink tokens where there are none")
-        else:
-            self.batch_key = (step, self._shared)
-
-    def layers(self, lo: int, hi: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Layers in order; see :class:`SegmentReader`."""
-        if not 0 <= lo <= hi <= self.tokens:
-            raise ValueError(f"tokens [{lo}, {hi}) are not within [0, {self.tokens})")
-        return self.layers_of([Part(self, lo, hi)])
-
-    @torch.no_grad()
-    def layers_of(self, parts: Sequence[Part]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Parts that were all encoded at this step; only a single one has sink tokens."""
-        spec, dtype = self._spec, getattr(torch, self._spec.dtype)
-        coded, tables = [], []
-        for reader, lo, hi in parts:
-            assert isinstance(reader, _PredictiveReader)
-            first, last = max(0, lo - reader._skip), max(0, hi - reader._skip)
-            coded.append(reader._coefficients(first, last))
-            begin = reader.start + reader._skip + first
-            tables.append(self._profile.rope.tables(begin, last - first))
-        cos, sin = (torch.cat(list(one)) for one in zip(*tables, strict=True))
-        sinks = None
-        if self._sinks:
-            (_, lo, hi), *_ = parts
-            sinks = self._sinks.layers(min(lo, self._skip), min(hi, self._skip))
-        keys = spec.kv_heads * spec.head_dim
-        for x in self._rebuild(coded):
-            k = x[:, :keys].unflatten(1, (spec.kv_heads, spec.head_dim))
-            k = self._profile.rope.apply(k, (cos, sin)).to(dtype)
-            v = x[:, keys:].unflatten(1, (spec.kv_heads, spec.v_head_dim)).to(dtype, copy=True)
-            if sinks is not None:
-                sink_k, sink_v = next(sinks)
-                k, v = torch.cat([sink_k.to(dtype), k]), torch.cat([sink_v.to(dtype), v])
-            yield k, v
-
-    def _rebuild(self, parts: Sequence[Iterator[_Coded]]) -> Iterator[torch.Tensor]:
-        """float32 ``[tokens, dim]`` of each layer, keys before RoPE."""
-        rows: torch.Tensor | None = None
-        place = torch.arange(0)  # where the tokens of ``rows`` are
-        for plan, layers in zip(
-            self._plans(self._step, self._shared), zip(*parts, strict=True), strict=True
-        ):
-            coded = layers[0] if len(layers) == 1 else _side_by_side(layers)
-            index = torch.from_numpy(coded.order)
-            rows = _predict(rows, plan.maps, place[index] if rows is not None else index)
-            y = torch.from_numpy(coded.symbols).T
-            for c, begin, end in _slabs(coded.of_class):
-                width, scale = plan.widths[c], self._step * FACTORS[c]
-                inverse = plan.maps.inverse[:width]
-                rows[begin:end].addmm_(y[begin:end, :width], inverse, alpha=scale)
-            place = torch.empty_like(index)
-            place[index] = torch.arange(len(index))
-            yield rows[place]
-
-    def _coefficients(self, lo: int, hi: int) -> Iterator[_Coded]:
-        """What is stored of tokens ``lo .. hi`` (behind the sinks), layer by layer."""
-        plans = self._plans(self._step, self._shared)
-        decompressor = zstandard.ZstdDecompressor()
-        for (a, b), frame, size in zip(self._groups, self._frames, self._sizes, strict=True):
-            raw = open_frame(decompressor, frame, size)
-            packed = -(-self._coded // 4)
-            classes = [
-                unpack_classes(np.frombuffer(raw, np.uint8, packed, i * packed), self._coded)
-                for i in range(b - a)
-            ]
-            coefficients = self._symbols(plans[a:b], classes, raw, packed * (b - a))
-            for own, symbols in zip(classes, coefficients, strict=True):
-                order = np.argsort(own, kind="stable")
-                count = np.bincount(own[lo:hi], minlength=len(FACTORS))
-                if (lo, hi) != (0, self._coded):
-                    chosen = np.flatnonzero((order >= lo) & (order < hi))
-                    order, symbols = order[chosen] - lo, np.ascontiguousarray(symbols[:, chosen])
-                yield _Coded(order, count, symbols)
-
-    def _symbols(
-        self, plans: Sequence[Plan], classes: Sequence[np.ndarray], raw: bytes, at: int
-    ) -> list[np.ndarray]:
-        """Symbols ``[width, tokens by class]`` float32 of a group's layers."""
-        counts = [np.bincount(own, minlength=len(FACTORS)) for own in classes]
-        bins: list[tuple[np.ndarray, list[Cell], np.ndarray, np.ndarray]] = []
-        for alphabet, cells in zip(ALPHABETS, cells_of(plans, counts), strict=True):
-            total = sum(cell.symbols for cell in cells)
-            size = alphabet.packed(total)
-            if at + size > len(raw):
-                raise CodecError("a frame holds fewer symbols than its shape implies")
-            symbols = unpack(raw[at : at + size], total, alphabet)
-            at += size
-            edge = saturated(symbols, alphabet)
-            sign = np.where(symbols[edge] == 0, np.float32(-1), np.float32(1))
-            values = np.subtract(symbols, np.float32(alphabet.largest), dtype=np.float32)
-            bins.append((values, cells, edge, sign))
-        over = sum(len(edge) for _, _, edge, _ in bins)
-        if len(raw) - at != 2 * over:
-            raise CodecError("a frame's overflow differs from what its symbols imply")
-        extra = np.frombuffer(raw, np.uint8, over, at).astype(np.float32)
-        extra += np.frombuffer(raw, np.uint8, over, at + over).astype(np.float32) * 256
-        out = [np.zeros((plan.width, self._coded), np.float32) for plan in plans]
-        for values, cells, edge, sign in bins:
-            values[edge] += extra[: len(edge)] * sign
-            extra = extra[len(edge) :]
-            begin = 0
-            for layer, first, last, left, right in cells:
-                end = begin + (last - first) * (right - left)
-                slab = values[begin:end].reshape(last - first, right - left)
-                out[layer][first:last, left:right] = slab
-                begin = end
-        return out

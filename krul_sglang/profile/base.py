@@ -46,6 +46,14 @@ class LayerMaps:
     sigma: torch.Tensor
     token: torch.Tensor
 
+    def predict(self, below: torch.Tensor | None, order: torch.Tensor) -> torch.Tensor:
+        """Predictions ``[n, dim]`` from rows ``order`` (``[n]``) of the rebuilt layer below,
+        None in layer 0. A tensor of the caller's own."""
+        if below is None:
+            return self.bias.expand(len(order), -1).clone()
+        # Reordered where it is narrowest.
+        return torch.addmm(self.bias, (below @ self.down)[order], self.up)
+
 
 @dataclass(frozen=True)
 class Profile:

@@ -18,7 +18,8 @@ import torch
 
 from krul_sglang.codec.base import KVRun, KVSpec
 from krul_sglang.codec.guard import Measured, quarters
-from krul_sglang.codec.predictive import ROUNDING, SINKS, PredictiveCodec
+from krul_sglang.codec.layout import SINKS
+from krul_sglang.codec.predictive import ROUNDING, PredictiveCodec
 from krul_sglang.profile.base import Profile, ProfileError
 from krul_sglang.profile.conversations import chat_ids, generate_conversations, technical_texts
 from krul_sglang.profile.file import fingerprint, save_profile

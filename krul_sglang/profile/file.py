@@ -68,7 +68,8 @@ def _short(value: Any) -> str:
 
 
 def save_profile(profile: Profile, path: str | Path) -> None:
-    """Write ``path`` atomically."""
+    """Write ``path`` atomically. Raises OSError, a full disk included."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {"rope.inv_freq": profile.rope.inv_freq.contiguous()}
@@ -93,6 +94,8 @@ def save_profile(profile: Profile, path: str | Path) -> None:
     try:
         save_file(tensors, str(draft), metadata)
         os.replace(draft, target)
+    except SafetensorError as error:
+        raise OSError(f"{target}: cannot be written ({error})") from error
     finally:
         draft.unlink(missing_ok=True)
 

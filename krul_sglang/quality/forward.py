@@ -33,7 +33,9 @@ class Divergence:
 
 
 def load_model(model_dir: str | Path) -> tuple[Any, Any]:
-    """The model in float32 and its tokenizer, from local files only."""
+    """The model in float32 and its tokenizer, from local files only. Raises OSError."""
+    if not (Path(model_dir) / "config.json").is_file():
+        raise OSError(f"{model_dir}: no model there (no config.json)")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

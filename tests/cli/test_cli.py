@@ -131,6 +131,8 @@ def test_calibrate_says_what_is_wrong_in_one_line(chat_model: Path, arguments, n
         (("--policies", "predictive", "--profile", "/nowhere"), "/nowhere: no such file"),
         (("--history", "3000"), "no conversation is long enough"),
         (("--json", "/proc/nowhere/out.json"), "/proc/nowhere"),
+        (("--model", "/nowhere"), "/nowhere: no model there"),
+        (("--policies", "predictive", "--budget", "-1"), "nats above 0"),
     ],
 )
 def test_quality_says_what_is_wrong_in_one_line(chat_model: Path, tmp_path, arguments, named):

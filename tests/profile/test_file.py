@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,16 @@ def test_a_budget_is_looked_up_between_measured_points(model_dir: Path) -> None:
     assert profile.step_for(5.0) == profile.step_for(9.0) > 0.2
     with pytest.raises(ValueError, match="exact"):
         profile.step_for(0.0)
+
+
+def test_no_room_for_the_file_is_an_oserror_and_leaves_nothing(model_dir: Path, tmp_path) -> None:
+    """A file size limit stands in for a full disk: both fail the write itself."""
+    profile, out = make(model_dir), tmp_path / "out"
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, kept[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written"):
+            save_profile(profile, out / "p.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+    assert list(out.iterdir()) == []

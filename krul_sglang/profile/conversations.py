@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from krul_sglang.quality.forward import check_known
+
 OPENINGS: tuple[tuple[str, ...], ...] = (
     ("Explain how a bicycle stays upright.", "What changes at very low speed?"),
     ("Write a short story about a lighthouse keeper.", "Continue it the next morning."),
@@ -147,6 +149,7 @@ def _sample(
     ids = torch.full((len(rows), width), pad)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
+        check_known(model, [*row, pad])
         ids[i, width - len(row) :] = torch.tensor(list(row))
         mask[i, width - len(row) :] = 1
     with torch.random.fork_rng(devices=[]):

@@ -46,11 +46,24 @@ def load_model(model_dir: str | Path) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(str(model_dir))
 
 
+def check_known(model: Any, ids: Sequence[int]) -> None:
+    """Raise OSError where the model has no embedding of a token the tokenizer gave."""
+    known = model.get_input_embeddings().num_embeddings
+    if max(ids, default=0) >= known:
+        raise OSError(
+            f"{model.config.name_or_path}: its tokenizer gives token {max(ids)}, and the model "
+            f"knows {known} tokens; they are not of one model"
+        )
+
+
 @torch.no_grad()
 def history_kv(model: Any, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(k, v)`` of the tokens, ``[layers, tokens, kv_heads, dim]`` float32, k post-RoPE."""
+    """``(k, v)`` of the tokens, ``[layers, tokens, kv_heads, dim]`` float32, k post-RoPE.
+
+    Raises OSError for ids the model does not know."""
     from transformers import DynamicCache
 
+    check_known(model, ids)
     cache = DynamicCache()
     model(torch.tensor([list(ids)]), past_key_values=cache, use_cache=True, logits_to_keep=1)
     layers: list[Any] = list(cache.layers)

@@ -39,7 +39,7 @@ def test_two_ranks_restore_exactly(serve, tiny, talk, host_hits, two_ranks):
 @pytest.mark.long
 def test_each_rank_stores_with_its_own_profile(serve, two_ranks, tmp_path):
     """The first start calibrates both ranks; what comes back is reported as lossy."""
-    model = write_model(tmp_path / "model", "qwen2", head_dim=32, max_position_embeddings=4096)
+    model = write_model(tmp_path / "model", "llama", max_position_embeddings=4096)
     env = {**two_ranks, "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
     env["XDG_CACHE_HOME"] = str(tmp_path)
     flags = ("--enable-krul", "--max-total-tokens", "192", "--tp-size", "2")

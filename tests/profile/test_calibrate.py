@@ -7,13 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from tiny_model import write_model
 
 from krul_sglang.codec.base import KVRun, KVSpec
 from krul_sglang.codec.predictive import PredictiveCodec
@@ -23,37 +17,29 @@ from krul_sglang.profile.file import fingerprint, load_profile
 from krul_sglang.quality.forward import history_kv, load_model
 from krul_sglang.strategy.base import Strategy
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "max_position_embeddings": 4096,
-}
-CONFIGS = {
-    "llama": lambda: LlamaConfig(**SIZES),
-    "qwen2": lambda: Qwen2Config(**SIZES),
-    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
-    "mistral": lambda: MistralConfig(**SIZES, sliding_window=None, head_dim=8),
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": None},
 }
 TEXTS = ["".join(chr(33 + (i * i + s) % 90) for i in range(1000)) for s in range(5)]
 
 
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 4096,
+}
+
+
 def save_model(root: Path, family: str) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(CONFIGS[family]()).save_pretrained(root)
-    vocab = {chr(i): i for i in range(128)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="\0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="\0").save_pretrained(root)
+    write_model(root, family, **{**SMALL, **FAMILIES[family]})
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_of_each_family(family: str, tmp_path: Path) -> None:
     save_model(tmp_path, family)
     stages: list[tuple[str, float]] = []
@@ -85,3 +71,9 @@ def test_too_little_text_is_said(tmp_path: Path) -> None:
     save_model(tmp_path, "llama")
     with pytest.raises(ProfileError, match="3 are needed"):
         calibrate(tmp_path, TEXTS[:1], None)
+
+
+def test_ids_the_model_does_not_know_are_said(tmp_path: Path) -> None:
+    write_model(tmp_path, "llama", vocab_size=20)
+    with pytest.raises(OSError, match="knows 20 tokens"):
+        calibrate(tmp_path, TEXTS, None)

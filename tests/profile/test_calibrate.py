@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny_model import write_model
 
 from krul_sglang.codec.base import KVRun, KVSpec

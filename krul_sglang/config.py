@@ -220,6 +220,11 @@ class KrulConfig:
         """Whether the policy's codec works from a calibrated profile of the model."""
         return self.policy == "predictive"
 
+    @property
+    def measures_attention(self) -> bool:
+        """Whether what a conversation attends to decides how it is stored."""
+        return self.policy == "predictive"
+
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> KrulConfig:
         """Build from raw values by field name; None means the default.

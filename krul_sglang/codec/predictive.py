@@ -38,6 +38,7 @@ from krul_sglang.codec.layout import (
 from krul_sglang.codec.lossless import LosslessCodec, check_run, huffman_compressor
 from krul_sglang.codec.predictive_reader import PredictiveReader
 from krul_sglang.codec.symbols import ALPHABETS, pack
+from krul_sglang.similarity.levels import levels_of
 from krul_sglang.strategy.base import EXACT
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ ROUNDING = 0.4
 STRENGTH = 0.4
 """How far a step follows 1/sqrt(importance), whose exponent would be 0.5: the guess
 of a token's importance explains 40 % of its variance."""
+ATTENDED_STRENGTH = 0.45
+"""The same where attention was measured."""
 MEASURED_TOKENS = 128
 """About how many tokens of a run the guard looks at."""
 FARTHEST = 16.0
@@ -78,7 +81,9 @@ class PredictiveCodec(Codec):
 
         Raises ValueError where none is, and for KV the codec cannot hold.
         """
-        return guarded(self.profile, strategy.budget, partial(self.encode_at, run, strategy))
+        encode_at = partial(self.encode_at, run, strategy)
+        attended = bool(strategy.attention)
+        return guarded(self.profile, strategy.budget, encode_at, attended)
 
     @torch.no_grad()
     def encode_at(self, run: KVRun, strategy: Strategy, step: float) -> tuple[bytes, Measured]:
@@ -95,6 +100,7 @@ class PredictiveCodec(Codec):
         tables = profile.rope.tables(run.start + sinks, tokens)
         plans = self.plans(step, strategy.shared)
         chosen = _given_classes(strategy.classes, spec.layers, run.tokens)
+        levels = _given_levels(strategy.attention, spec.layers, run.tokens)
         below: torch.Tensor | None = None
         sizes: list[int] = []
         novelty: list[float] = []
@@ -108,7 +114,10 @@ class PredictiveCodec(Codec):
                 if not bool(torch.isfinite(x.sum())):
                     raise ValueError("NaN or infinite values")
                 maps = plans[layer].maps
-                classes = _judge(x, maps) if chosen is None else chosen[layer, sinks:]
+                if chosen is None:
+                    classes = _judge(x, maps, None if levels is None else levels[layer, :, sinks:])
+                else:
+                    classes = chosen[layer, sinks:]
                 plan = plans[layer]
                 quantized, below, count, residual = _encode_layer(x, below, plan, classes, step)
                 if tokens:
@@ -156,10 +165,28 @@ def _given_classes(classes: bytes, layers: int, tokens: int) -> np.ndarray | Non
     return np.broadcast_to(given.reshape(-1, tokens), (layers, tokens))
 
 
-def _judge(x: torch.Tensor, maps: LayerMaps) -> np.ndarray:
-    """Classes of the rows of ``x`` by the importance that the profile expects of them."""
-    importance = x @ maps.token[:-1] + maps.token[-1]
-    level = (importance * (-STRENGTH / (0.75 * math.log(2)))).round_() + 2
+def _given_levels(attention: bytes, layers: int, tokens: int) -> torch.Tensor | None:
+    """``[layers, 2, tokens]``: a token's attention level in the layer and its mean over all
+    layers; None where a strategy has none."""
+    if not attention:
+        return None
+    if len(attention) != layers * tokens:
+        raise ValueError(f"attention of {len(attention)} bytes for {layers} x {tokens} tokens")
+    levels = levels_of(torch.frombuffer(bytearray(attention), dtype=torch.uint8))
+    own = levels.view(layers, tokens)
+    return torch.stack([own, own.mean(0).expand(layers, tokens)], 1)
+
+
+def _judge(x: torch.Tensor, maps: LayerMaps, levels: torch.Tensor | None) -> np.ndarray:
+    """Classes of the rows of ``x`` by the importance that the profile expects of them;
+    levels: ``[2, rows]`` of :func:`_given_levels`."""
+    if levels is None:
+        importance, strength = x @ maps.token[:-1] + maps.token[-1], STRENGTH
+    else:
+        dim, weights = x.shape[1], maps.attended
+        importance = x @ weights[:dim] + weights[dim:-1] @ levels + weights[-1]
+        strength = ATTENDED_STRENGTH
+    level = (importance * (-strength / (0.75 * math.log(2)))).round_() + 2
     return level.clamp_(0, len(FACTORS) - 1).to(torch.uint8).numpy()
 
 

@@ -16,10 +16,10 @@ import torch
 from krul_sglang.profile.base import LayerMaps, Profile, ProfileError
 from krul_sglang.profile.rope import Rope
 
-FORMAT = "3"
+FORMAT = "4"
 _SAMPLE = 1 << 16
 _STRIDE = 1 << 24
-_LAYER_TENSORS = ("bias", "down", "up", "forward", "inverse", "sigma", "token")
+_LAYER_TENSORS = ("bias", "down", "up", "forward", "inverse", "sigma", "token", "attended")
 
 
 def fingerprint(model_dir: str | Path, tp_rank: int = 0, tp_size: int = 1) -> dict[str, str]:
@@ -84,6 +84,7 @@ def save_profile(profile: Profile, path: str | Path) -> None:
         "v_head_dim": profile.v_head_dim,
         "rope_scale": profile.rope.scale,
         "curve": [list(point) for point in profile.curve],
+        "attended": [list(point) for point in profile.attended],
         "novelty": list(profile.novelty),
         "id": profile.id,
     }
@@ -133,7 +134,8 @@ def load_profile(path: str | Path, expected: Mapping[str, str] | None = None) ->
             v_head_dim=int(shape["v_head_dim"]),
             rope=Rope(tensors["rope.inv_freq"], float(shape["rope_scale"])),
             layers=layers,
-            curve=[(float(step), float(kl), float(err)) for step, kl, err in shape["curve"]],
+            curve=_curve(shape["curve"]),
+            attended=_curve(shape["attended"]),
             novelty=[float(distance) for distance in shape["novelty"]],
             fingerprint=found,
         )
@@ -146,6 +148,10 @@ def load_profile(path: str | Path, expected: Mapping[str, str] | None = None) ->
     return profile
 
 
+def _curve(points: list[list[float]]) -> list[tuple[float, float, float]]:
+    return [(float(step), float(kl), float(error)) for step, kl, error in points]
+
+
 def _compare(found: Mapping[str, str], expected: Mapping[str, str], path: str | Path) -> None:
     for name, want in expected.items():
         if found.get(name) != want:
@@ -156,10 +162,14 @@ def _compare(found: Mapping[str, str], expected: Mapping[str, str], path: str | 
 
 
 def _check_curve(profile: Profile, path: str | Path) -> None:
-    columns = list(zip(*profile.curve, strict=True))
-    rising = all(a < b for column in columns for a, b in itertools.pairwise(column))
-    figures = [x for column in columns for x in column] + list(profile.novelty)
-    if len(profile.curve) < 2 or not rising or not all(0 < x < math.inf for x in figures):
+    figures = list(profile.novelty)
+    sound = True
+    for curve in (profile.curve, profile.attended):
+        columns = list(zip(*curve, strict=True))
+        figures += [x for column in columns for x in column]
+        sound &= len(curve) >= 2
+        sound &= all(a < b for column in columns for a, b in itertools.pairwise(column))
+    if not sound or not all(0 < x < math.inf for x in figures):
         raise ProfileError(f"{path}: damaged profile (its curve does not rise)")
 
 
@@ -175,6 +185,7 @@ def _check_shapes(profile: Profile, path: str | Path) -> None:
             "inverse": (kept, dim),
             "sigma": (kept,),
             "token": (dim + 1,),
+            "attended": (dim + 3,),
         }
         for name, size in wanted.items():
             tensor = getattr(maps, name)

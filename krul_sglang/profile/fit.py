@@ -30,11 +30,13 @@ FINEST = 0.28
 @dataclass(frozen=True)
 class Samples:
     """x: ``[layers, tokens, dim]`` pre-RoPE K beside V; g: gradients ``[draws, layers,
-    tokens, dim]`` in the same coordinates; keys: how many of ``dim`` are K."""
+    tokens, dim]`` in the same coordinates; keys: how many of ``dim`` are K; levels:
+    ``[layers, tokens]`` attention levels, None where the model does not report attention."""
 
     x: torch.Tensor
     g: torch.Tensor
     keys: int
+    levels: torch.Tensor | None = None
 
 
 def metrics(samples: Sequence[Samples], layer: int) -> torch.Tensor:
@@ -88,13 +90,26 @@ def _regress(
 
 def _token_weights(
     samples: Sequence[Samples], layer: int, inverse: torch.Tensor, x: torch.Tensor
-) -> torch.Tensor:
-    """Linear guess of a token's log importance from its K and V, ``[dim + 1]``."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Linear guesses of a token's log importance: from its K and V, ``[dim + 1]``, and from
+    those and its attention levels, ``[dim + 3]``."""
     energy = torch.cat(
         [(s.g[:, layer].float() @ inverse.T).square().sum(-1).mean(0) for s in samples]
     )
     y = (energy + 1e-3 * energy.mean() + 1e-30).log()
     y = y - y.mean()
+    token = _linear(x, y)
+    if samples[0].levels is None:
+        return token, torch.cat([token[:-1], torch.zeros(2), token[-1:]])
+    levels = torch.cat(
+        [torch.stack([s.levels[layer], s.levels.mean(0)]) for s in samples if s.levels is not None],
+        1,
+    )
+    return token, _linear(torch.cat([x, levels.T], 1), y)
+
+
+def _linear(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Ridge weights of ``x``'s columns, and a constant, for centred ``y``."""
     mean = x.mean(0)
     r = x - mean
     gram = (r.T @ r).double()
@@ -150,8 +165,9 @@ def fit(
         rebuilt = predicted + whole @ inverse * step
         error = rebuilt - x
         kl += 0.5 * history * float(((error @ metric.float()) * error).sum(1).mean())
-        token = _token_weights(samples, layer, inverse, x)
-        out.append(LayerMaps(bias.float(), down, up, forward, inverse, sigma[:keep].float(), token))
+        kept = sigma[:keep].float()
+        guesses = _token_weights(samples, layer, inverse, x)
+        out.append(LayerMaps(bias.float(), down, up, forward, inverse, kept, *guesses))
         if on_layer:
             on_layer(layer)
     return out, kl

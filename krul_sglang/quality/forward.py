@@ -14,8 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from krul_sglang.similarity.window import DECODE
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+ATTENTION_ROWS = DECODE.reach
+"""Query rows at the end of a history that stand for those to come."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,36 @@ def cache_of(k: torch.Tensor, v: torch.Tensor) -> Any:
             k[layer].transpose(0, 1)[None].float(), v[layer].transpose(0, 1)[None].float(), layer
         )
     return cache
+
+
+@torch.no_grad()
+def attention_rows(
+    model: Any, ids: Sequence[int], k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """Attention probabilities of the last tokens, ``[layers, heads, queries, keys]`` float32.
+
+    The last :data:`ATTENTION_ROWS` of ``ids`` (all of them if fewer) are fed after the
+    cache ``(k, v)`` of the rest; keys are all of ``ids``. Raises ValueError where the model
+    reports no attention, or not that of every layer.
+    """
+    cut = max(0, len(ids) - ATTENTION_ROWS)
+    cache = cache_of(k[:, :cut], v[:, :cut])
+    kept = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # no other one returns its probabilities
+    try:
+        output = model(
+            torch.tensor([list(ids[cut:])]),
+            past_key_values=cache,
+            use_cache=True,
+            output_attentions=True,
+            logits_to_keep=1,
+        )
+    finally:
+        model.set_attn_implementation(kept)
+    rows = [row[0] for row in output.attentions or () if row is not None]
+    if len(rows) != k.shape[0] or any(row.shape[-1] != len(ids) for row in rows):
+        raise ValueError("this model does not report the attention of every layer")
+    return torch.stack(rows).float()
 
 
 def divergence(full: torch.Tensor, restored: torch.Tensor, ids: Sequence[int]) -> Divergence:

@@ -14,32 +14,30 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from krul_sglang.codec.base import Codec, KVRun, KVSpec
+from krul_sglang.codec.layout import SINKS
 from krul_sglang.codec.registry import make_codec
 from krul_sglang.config import POLICIES
 from krul_sglang.profile.conversations import chat_ids
 from krul_sglang.quality.forward import (
     Divergence,
-    cache_of,
+    attention_rows,
     continuation_logits,
     divergence,
     history_kv,
 )
+from krul_sglang.similarity.estimate import codes_of_maps
 from krul_sglang.strategy.base import Strategy
 from krul_sglang.strategy.pairs import fixed_pairs, select_pairs
 
 if TYPE_CHECKING:
     from krul_sglang.profile.base import Profile
-
-
-ATTENTION_ROWS = 64
-"""Query rows at the end of a history from which the paper's policy chooses its pairs."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +130,20 @@ def codec_policy(codec: Codec, strategy: Strategy) -> Policy:
     return restore
 
 
+def attending_policy(codec: Codec, strategy: Strategy) -> Policy:
+    """As :func:`codec_policy`, told what the history's last tokens attended to.
+
+    Measuring that is not part of the encoding time.
+    """
+
+    def restore(history: History) -> Restored:
+        codes = codes_of_maps(history.attention(), SINKS)
+        own = replace(strategy, attention=codes.numpy().tobytes())
+        return codec_policy(codec, own)(history)
+
+    return restore
+
+
 def selecting_policy(
     codec: Codec, pairs: int, strategy: Callable[[tuple[tuple[int, int], ...]], Strategy]
 ) -> Policy:
@@ -197,42 +209,16 @@ def package_policies(
                 merge, len(fixed), lambda pairs: Strategy("pair_merge", pairs=pairs)
             )
             continue
+        if policy == "predictive":
+            codec = make_codec(policy, spec, profile)
+            out[name] = attending_policy(codec, Strategy(policy, budget_of(name, budget)))
+            continue
         if policy == "fixed":
             strategy = Strategy("pair_merge", pairs=fixed)
         else:
-            strategy = Strategy(policy, budget_of(name, budget))
+            strategy = Strategy(policy)
         out[name] = codec_policy(make_codec(strategy.codec, spec, profile), strategy)
     return out
-
-
-@torch.no_grad()
-def attention_rows(
-    model: Any, ids: Sequence[int], k: torch.Tensor, v: torch.Tensor
-) -> torch.Tensor:
-    """Attention probabilities of the last tokens, ``[layers, heads, queries, keys]`` float32.
-
-    The last :data:`ATTENTION_ROWS` of ``ids`` (all of them if fewer) are fed after the
-    cache ``(k, v)`` of the rest; keys are all of ``ids``. Raises ValueError where the model
-    reports no attention, or not that of every layer.
-    """
-    cut = max(0, len(ids) - ATTENTION_ROWS)
-    cache = cache_of(k[:, :cut], v[:, :cut])
-    kept = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # no other one returns its probabilities
-    try:
-        output = model(
-            torch.tensor([list(ids[cut:])]),
-            past_key_values=cache,
-            use_cache=True,
-            output_attentions=True,
-            logits_to_keep=1,
-        )
-    finally:
-        model.set_attn_implementation(kept)
-    rows = [row[0] for row in output.attentions or () if row is not None]
-    if len(rows) != k.shape[0] or any(row.shape[-1] != len(ids) for row in rows):
-        raise ValueError("this model does not report the attention of every layer")
-    return torch.stack(rows).float()
 
 
 def spec_of(model: Any) -> KVSpec:

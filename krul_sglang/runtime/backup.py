@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from krul_sglang.runtime import marks
+from krul_sglang.runtime.selection import strategy_of
 from krul_sglang.store.segment import RECORD_BYTES, SLOT_BYTES
 from krul_sglang.strategy.base import EXACT, Strategy
 
@@ -43,6 +44,8 @@ def store_node(cache: KrulRadixCache, node: Any, rows: torch.Tensor) -> torch.Te
                 krul.store.release(held)
             return None
         run = krul.pool.gather(rows[lo:hi], start + lo)
+        if strategy is krul.lossy:
+            strategy = strategy_of(strategy, node, lo, hi)
         _, piece = krul.store.stage(run, strategy, strategy is EXACT and hi <= already_exact)
         ids.append(piece)
     marks.mark_stored(node, head)

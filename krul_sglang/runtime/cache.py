@@ -31,11 +31,12 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from krul_sglang.config import KrulConfig
 from krul_sglang.restore.load import Loader
-from krul_sglang.runtime import backup, marks
+from krul_sglang.runtime import backup, marks, selection
 from krul_sglang.runtime.exact import LOSSY_TOKENS, MISSED, RECOMPUTED, demands_exact
 from krul_sglang.runtime.marks import full_data
 from krul_sglang.runtime.pool import PoolView
 from krul_sglang.runtime.state import Counters, Metrics
+from krul_sglang.runtime.taps import Taps
 from krul_sglang.store.memory import MemoryStore
 from krul_sglang.store.segment import SegmentState
 from krul_sglang.store.slots import slot_runs
@@ -58,6 +59,8 @@ class Krul:
     """Token ids that end a turn: what comes before the first one may be shared later."""
     counters: Counters
     metrics: Metrics | None = None
+    taps: Taps | None = None
+    """Where queries are kept; None measures no attention."""
 
 
 class KrulRadixCache(UnifiedRadixCache):
@@ -194,11 +197,19 @@ class KrulRadixCache(UnifiedRadixCache):
             # request is reading; it keeps its own rows instead and caches nothing.
             req.skip_radix_cache_insert = True
             return
+        attention = selection.measure(self, req, up_to)
         self.inserting_exact = exact
         try:
             super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
         finally:
             self.inserting_exact = False
+        selection.tag(self, req, attention)
+
+    def on_release(self, req: Any, *, checkpointed: bool) -> None:
+        """The request is over, aborted or not: its queries are no longer kept."""
+        super().on_release(req, checkpointed=checkpointed)
+        if self.krul.taps is not None:
+            self.krul.taps.release(req.rid)
 
     def _shares_lossy_in_use(self, req: Any, up_to: int) -> bool:
         from sglang.srt.mem_cache.radix_cache import RadixKey

@@ -53,6 +53,7 @@ def build(config: KrulConfig, ctx: Any) -> Any:
     from krul_sglang.profile.file import load_profile
     from krul_sglang.profile.locate import rank_path
     from krul_sglang.restore.load import Loader
+    from krul_sglang.runtime import taps
     from krul_sglang.runtime.cache import Krul
     from krul_sglang.runtime.pool import PoolView
     from krul_sglang.runtime.state import Counters, Metrics
@@ -81,6 +82,10 @@ def build(config: KrulConfig, ctx: Any) -> Any:
     )
     if profile is not None:
         store.ledger.add("profile", profile.nbytes)
+    sampled = getattr(runner, taps.ATTRIBUTE, None)
+    if sampled is not None:
+        rows = pool.k[0].shape[0]
+        store.ledger.add("taps", sampled.nbytes + rows * pool.spec.layers)
     metrics = None
     if ctx.params.enable_metrics:
         metrics = Metrics(
@@ -99,6 +104,7 @@ def build(config: KrulConfig, ctx: Any) -> Any:
         turn_ends=frozenset(ctx.model_config.hf_eos_token_id or ()),
         counters=Counters(),
         metrics=metrics,
+        taps=sampled,
     )
 
 

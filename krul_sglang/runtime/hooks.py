@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from krul_sglang.config import KrulConfigError
-from krul_sglang.runtime import BACKEND, args, cpu_attention, factory, profiles, state
+from krul_sglang.runtime import BACKEND, args, cpu_attention, factory, profiles, state, taps
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ HOOKS = (
     Hook("sglang.srt.server_args.ServerArgs.from_cli_args", args.read_flags, "AFTER"),
     Hook("sglang.srt.server_args.ServerArgs.resolve_once", args.check_resolved, "AROUND"),
     Hook("sglang.srt.server_args.ServerArgs.check_server_args", profiles.settle, "AFTER"),
+    Hook(
+        "sglang.srt.model_executor.model_runner.ModelRunner.init_attention_backends",
+        taps.install,
+        "AFTER",
+    ),
     Hook(
         "sglang.srt.managers.scheduler_components.internal_state."
         "SchedulerInternalStateController.get_internal_state",

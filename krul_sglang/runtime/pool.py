@@ -42,7 +42,8 @@ class PoolView:
             dtype=dtype,
         )
 
-    def _in_forward_order(self) -> AbstractContextManager:
+    def in_forward_order(self) -> AbstractContextManager:
+        """What is enqueued inside runs on the forward stream."""
         # On the forward stream itself: rows are read after the forward that wrote
         # them and before the one that may reuse them, with no further fence.
         if self._forward_stream is None:
@@ -57,7 +58,7 @@ class PoolView:
         pin = self.device.type == "cuda"
         k = torch.empty(spec.layers, n, spec.kv_heads, spec.head_dim, dtype=dtype, pin_memory=pin)
         v = torch.empty(spec.layers, n, spec.kv_heads, spec.v_head_dim, dtype=dtype, pin_memory=pin)
-        with self._in_forward_order():
+        with self.in_forward_order():
             gather_rows(self.k, rows, k)
             gather_rows(self.v, rows, v)
             if pin:
@@ -69,7 +70,7 @@ class PoolView:
 
         def write(layer: int, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
             target = rows[first : first + k.shape[0]]
-            with self._in_forward_order():
+            with self.in_forward_order():
                 scatter_rows(self.k[layer], target, k)
                 scatter_rows(self.v[layer], target, v)
 

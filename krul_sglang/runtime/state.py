@@ -22,6 +22,7 @@ class Counters:
     restore_seconds: float = 0.0
     evict_seconds: float = 0.0
     misses: int = 0
+    measured_requests: int = 0
 
 
 def block(cache: Any) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def block(cache: Any) -> dict[str, Any]:
         "evict_seconds": round(counters.evict_seconds, 6),
         "encode_seconds": round(stats.encode_seconds, 6),
         "misses": counters.misses,
+        "measured_requests": counters.measured_requests,
         "fallbacks": stats.fallbacks,
         "lost_segments": stats.lost_segments,
         "memory": memory,
@@ -88,6 +90,7 @@ COUNTERS = {
     "restore_seconds": "Seconds spent restoring.",
     "encode_seconds": "Seconds spent encoding.",
     "misses": "Matches whose stored part could not be used.",
+    "measured_requests": "Finished requests whose attention was measured.",
     "fallbacks": "Segments stored losslessly because their codec could not.",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-KINDS = ("tier", "staging", "index", "profile")
+KINDS = ("tier", "staging", "index", "profile", "taps")
 
 
 class Ledger:
@@ -12,7 +12,8 @@ class Ledger:
 
     tier: sealed payloads. staging: raw runs waiting to be encoded, and payloads
     being built. index: the tree's slot ids and the segments' own records. profile: the
-    model's calibrated maps.
+    model's calibrated maps. taps: buffers for sampled queries, and a byte a token of the
+    pool and layer for the attention it drew.
     """
 
     def __init__(self, limit: int) -> None:

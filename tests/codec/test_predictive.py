@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_profile import LAYERS, PROFILE, make_run, spec_of
+from small_profile import LAYERS, PROFILE, WIDTH, make_run, spec_of
 
 from krul_sglang.codec.base import CodecError, KVRun
 from krul_sglang.codec.layout import FACTORS, SINKS
@@ -92,6 +94,24 @@ def test_a_smaller_budget_costs_bytes_and_buys_precision() -> None:
         errors.append(float((k.float() - run.k.float()).square().mean()))
     assert sizes == sorted(sizes)
     assert errors == sorted(errors, reverse=True)
+
+
+def test_attention_decides_which_tokens_are_finer() -> None:
+    """Of tokens alike but for what they drew, those that drew much come back closer."""
+    drew_much = torch.arange(400) % 2 == 0
+    codes = torch.where(drew_much, 120, 0).to(torch.uint8).expand(LAYERS, -1).contiguous()
+    maps = [
+        replace(own, attended=torch.cat([torch.zeros(WIDTH), torch.tensor([0.3, 0.3, 0.0])]))
+        for own in PROFILE.layers
+    ]
+    codec = PredictiveCodec(spec_of("float32"), replace(PROFILE, layers=maps))
+    run = make_run(400, 1, "float32", 8)
+    strategy = Strategy("predictive", 0.01, attention=codes.numpy().tobytes())
+    layers = list(codec.open(codec.encode(run, strategy)).layers(0, 400))
+    error = (torch.stack([v for _, v in layers]) - run.v).square().mean((0, 2, 3))
+    assert error[drew_much].mean() < error[~drew_much].mean() / 2
+    with pytest.raises(ValueError, match="attention of 1999 bytes"):
+        codec.encode(run, replace(strategy, attention=strategy.attention[:-1]))
 
 
 def test_classes_decide_which_tokens_are_finer() -> None:

@@ -23,7 +23,14 @@ def layer(rank: int, seed: int) -> LayerMaps:
         return torch.randn(*size, generator=gen)
 
     return LayerMaps(
-        some(32), some(32, rank), some(rank, 32), some(32, 9), some(9, 32), some(9), some(33)
+        some(32),
+        some(32, rank),
+        some(rank, 32),
+        some(32, 9),
+        some(9, 32),
+        some(9),
+        some(33),
+        some(35),
     )
 
 
@@ -39,7 +46,9 @@ def model_dir(tmp_path: Path) -> Path:
 def make(model_dir: Path) -> Profile:
     curve = [(0.1, 0.001, 0.01), (0.2, 0.01, 0.04)]
     layers = [layer(0, 1), layer(5, 2)]
-    return Profile(2, 8, 8, Rope(torch.rand(4), 1.5), layers, curve, fingerprint(model_dir), [1.0])
+    return Profile(
+        2, 8, 8, Rope(torch.rand(4), 1.5), layers, curve, fingerprint(model_dir), [1.0], curve
+    )
 
 
 def test_everything_comes_back(model_dir: Path, tmp_path: Path) -> None:

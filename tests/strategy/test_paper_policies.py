@@ -10,11 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from krul_sglang.codec.base import KVSpec
 from krul_sglang.codec.registry import make_codec
-from krul_sglang.quality.forward import history_kv
+from krul_sglang.quality.forward import ATTENTION_ROWS, attention_rows, history_kv
 from krul_sglang.quality.measure import (
-    ATTENTION_ROWS,
     History,
-    attention_rows,
     package_policies,
     selecting_policy,
 )

@@ -82,6 +82,14 @@ def parse_bool(text: str) -> bool:
     raise ValueError("one of 1, 0, true, false")
 
 
+def parse_switch(text: str) -> str:
+    """``on`` or ``off``. Raises ValueError."""
+    try:
+        return "on" if parse_bool(text) else "off"
+    except ValueError:
+        raise ValueError("on or off") from None
+
+
 def parse_policy(text: str) -> str:
     """A policy's name. Raises ValueError naming the nearest valid one."""
     if text in POLICIES:
@@ -158,12 +166,19 @@ class KrulConfig:
         "Mean KL divergence (nats) from the full cache that `predictive` may add, as estimated "
         "by calibration; what is expected to cost more is stored finer, finally losslessly.",
     )
+    attention: str = _setting(
+        "on",
+        parse_switch,
+        "{on,off}",
+        "Whether `predictive` measures what each conversation attends to while it generates, "
+        "and stores those tokens finer; `off` goes by the model's profile alone.",
+    )
     host_memory: int = _setting(
         4 * 10**9,
         parse_size,
         "SIZE",
         "All host memory that Krul may hold on this server, ranks together: stored segments, "
-        "staging, index and the model's profile. For example 4GB.",
+        "staging, index, the model's profile and sampled queries. For example 4GB.",
     )
     dir: Path | None = _setting(
         None, parse_path, "PATH", "Directory of the disk tier; without it memory is the only tier."
@@ -223,7 +238,7 @@ class KrulConfig:
     @property
     def measures_attention(self) -> bool:
         """Whether what a conversation attends to decides how it is stored."""
-        return self.policy == "predictive"
+        return self.policy == "predictive" and self.attention == "on"
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> KrulConfig:

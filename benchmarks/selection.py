@@ -1,6 +1,6 @@
 """Does choosing per conversation pay? Ways to choose, all with one codec at equal bytes.
 
-    python benchmarks/selectors.py --model DIR --conversations held_out.jsonl --json out.json
+    python benchmarks/selection.py --model DIR --conversations held_out.jsonl --json out.json
 
 Every way stores a history in the bytes that `predictive` takes for it at the budget; the step
 is sought until it does. So only the divergence differs, and only by what is chosen:

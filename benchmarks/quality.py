@@ -34,7 +34,7 @@ from krul_sglang.quality.measure import (
     selecting_policy,
 )
 from krul_sglang.strategy.base import Strategy
-from krul_sglang.strategy.pairs import fixed_pairs
+from krul_sglang.strategy.fixed import fixed_pairs
 
 PAPER_PREDICTIVE = "paper_predictive"
 

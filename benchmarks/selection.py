@@ -33,7 +33,7 @@ from rich.progress import track
 from rich.table import Table
 
 from krul_sglang.codec.base import KVRun
-from krul_sglang.codec.layout import FACTORS, SINKS
+from krul_sglang.codec.layout import FACTORS
 from krul_sglang.codec.predictive import PredictiveCodec, _given_levels, _judge
 from krul_sglang.profile.conversations import chat_ids
 from krul_sglang.profile.locate import ensure, load_ranks
@@ -46,9 +46,11 @@ from krul_sglang.quality.forward import (
 )
 from krul_sglang.quality.measure import read_conversations, spec_of
 from krul_sglang.similarity.estimate import codes_of_maps
+from krul_sglang.similarity.layers import similarity_of_maps
 from krul_sglang.similarity.levels import codes_of
-from krul_sglang.strategy.base import Strategy
-from krul_sglang.strategy.pairs import fixed_pairs, select_pairs
+from krul_sglang.strategy.base import SINKS, Strategy
+from krul_sglang.strategy.fixed import fixed_pairs
+from krul_sglang.strategy.paper import select_pairs
 
 HISTORY, CONTINUATION = 1000, 120
 CLOSE = 0.003
@@ -86,7 +88,7 @@ def strategies(
     fixed = fixed_pairs(layers)
     neighbours = [(i - 1, i) for i in range(1, layers)]
     drawn = random.Random(seed).sample(neighbours, len(fixed))
-    paper = select_pairs(maps, len(fixed))
+    paper = select_pairs(similarity_of_maps(maps), len(fixed))
 
     def given(own: torch.Tensor) -> Strategy:
         return replace(plain, classes=own.to(torch.uint8).contiguous().numpy().tobytes())
@@ -135,7 +137,7 @@ def compare(model: Any, ids: Sequence[int], codec: PredictiveCodec, budget: floa
     full = continuation_logits(model, k, v, following)
     maps = attention_rows(model, history, k, v)
     run = KVRun(k, v, 0)
-    step = codec.profile.step_for(budget, attended=True)
+    step = codec.profile.step_for(budget)
     rows, wanted = {}, 0
     for way, strategy in strategies(codec, run, maps, seed).items():
         encode = lambda step, s=strategy: codec.encode_at(run, s, step)[0]  # noqa: E731

@@ -22,10 +22,6 @@ POLICIES = ("predictive", "paper", "fixed", "lossless")
 # What a later release brings. Naming them here keeps the flag's meaning fixed
 # from the first release on, and refuses it plainly instead of ignoring it.
 PLANNED = {
-    "policy": {
-        "paper": "its selection needs attention measured in the server, which is not in this "
-        "release (`krul quality` runs it)",
-    },
     "dir": "the disk tier is not in this release",
     "disk": "the disk tier is not in this release",
     "recompute": {"auto": "the restore planner is not in this release"},
@@ -157,7 +153,8 @@ class KrulConfig:
         "{" + ",".join(POLICIES) + "}",
         "How evicted KV is stored. `lossless` is bit-exact; `predictive` is lossy, within the "
         "quality budget, and many times smaller; `fixed` merges fixed pairs of layers as in "
-        "MiniCache (our reimplementation, for comparison: it destroys answers).",
+        "MiniCache, `paper` pairs selected as in the Krul paper (our reimplementations, for "
+        "comparison: they destroy answers).",
     )
     quality_budget: float = _setting(
         0.01,
@@ -170,8 +167,9 @@ class KrulConfig:
         "on",
         parse_switch,
         "{on,off}",
-        "Whether `predictive` measures what each conversation attends to while it generates, "
-        "and stores those tokens finer; `off` goes by the model's profile alone.",
+        "Whether to measure what each conversation attends to while it generates: `predictive` "
+        "stores those tokens finer, `paper` selects its pairs by it. `off` goes by the model's "
+        "profile (or MiniCache's pairs) alone.",
     )
     host_memory: int = _setting(
         4 * 10**9,
@@ -234,11 +232,6 @@ class KrulConfig:
     def needs_profile(self) -> bool:
         """Whether the policy's codec works from a calibrated profile of the model."""
         return self.policy == "predictive"
-
-    @property
-    def measures_attention(self) -> bool:
-        """Whether what a conversation attends to decides how it is stored."""
-        return self.policy == "predictive" and self.attention == "on"
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> KrulConfig:
@@ -329,9 +322,8 @@ def settings() -> Iterator[Setting]:
 
 
 def _accepted_today(name: str) -> str:
-    planned = PLANNED[name]
     if name == "policy":
-        return ", ".join(policy for policy in POLICIES if policy not in planned)
+        return ", ".join(POLICIES)
     return "never, FRACTION"
 
 

@@ -53,7 +53,7 @@ def make_profile() -> Profile:
         (step, kl, measured.error)
         for (step, measured), kl in zip(seen, (0.001, 0.01, 0.05), strict=True)
     ]
-    return replace(draft, curve=curve, attended=curve, novelty=quarters(seen[-1][1].novelty))
+    return replace(draft, curve=curve, novelty=quarters(seen[-1][1].novelty))
 
 
 def make_run(tokens: int, seed: int, dtype: str, start: int = 0) -> KVRun:

@@ -180,8 +180,11 @@ def _request_mass(
 
     chunks = [(start, min(start + CHUNK, visible)) for start in range(0, visible, CHUNK)]
     total = queries.new_full(queries.shape[:2], -math.inf)
+    # With one chunk, and so always up to CHUNK keys, the logits need not be computed twice.
+    held = logits(*chunks[0]) if len(chunks) == 1 else None
     for start, stop in chunks:
-        total = torch.logaddexp(total, torch.logsumexp(logits(start, stop), 2))
+        own = logits(start, stop) if held is None else held
+        total = torch.logaddexp(total, torch.logsumexp(own, 2))
     lse.copy_(total.unflatten(1, (-1, group)).transpose(0, 1).flatten(1)).mul_(LOG2E)
 
     # Rows that see nothing have only logits of -inf: any finite shift leaves them no mass.
@@ -189,7 +192,8 @@ def _request_mass(
     counts = queries.new_ones(len(positions)) if weights is None else weights.to(queries.dtype)
     counts = counts.repeat_interleave(group)
     for start, stop in chunks:
-        mass[start:stop] = (counts @ logits(start, stop).sub_(shift).exp_()).T
+        own = logits(start, stop) if held is None else held
+        mass[start:stop] = (counts @ own.sub_(shift).exp_()).T
 
 
 def _check_queries_and_keys(q: torch.Tensor, k_cache: torch.Tensor) -> None:

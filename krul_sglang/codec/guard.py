@@ -62,32 +62,28 @@ def distance(profile: Profile, measured: Measured) -> float:
     return max((a / b for a, b in found), default=0.0)
 
 
-def penalty(profile: Profile, measured: Measured, step: float, attended: bool = False) -> float:
+def penalty(profile: Profile, measured: Measured, step: float) -> float:
     """How much more than held-out text a run encoded at ``step`` is expected to cost: 1 for
     text like it, infinite for foreign KV and mere repetition."""
     far = distance(profile, measured)
     if far > FOREIGN or measured.repetitive:
         return math.inf
-    _, error = profile.cost_at(step, attended)
+    _, error = profile.cost_at(step)
     return max(1.0, measured.error / error / ERROR_SPREAD) * (UNLIKE_COST if far > UNLIKE else 1.0)
 
 
 def guarded(
-    profile: Profile,
-    budget: float,
-    encode_at: Callable[[float], tuple[bytes, Measured]],
-    attended: bool = False,
+    profile: Profile, budget: float, encode_at: Callable[[float], tuple[bytes, Measured]]
 ) -> bytes:
     """The payload at a step whose expected cost is within ``budget``, the budget's own first.
 
-    attended: whether ``encode_at`` knows the attention each token drew.
     Raises ValueError where none is found; the caller stores such a run losslessly.
     """
     allowed = budget
     for _ in range(TRIES):
-        step = profile.step_for(allowed, attended)
+        step = profile.step_for(allowed)
         payload, measured = encode_at(step)
-        cost = penalty(profile, measured, step, attended)
+        cost = penalty(profile, measured, step)
         if cost * allowed <= budget * 1.001:
             return payload
         if cost == math.inf:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 FACTORS = tuple(2.0 ** (0.75 * (c - 2)) for c in range(4))
 """Step of a token's class against the segment's step, the most important class first."""
-SINKS = 4
-"""Tokens at the start of a sequence that are kept at 16 bits: attention sinks."""
 EXPANSION = 512
 """A frame may hold at most this many times its length; what packs better is no KV."""
 GROUP_SYMBOLS = 128 * 1024

@@ -15,7 +15,6 @@ from krul_sglang.codec.frames import open_frame, unpack_payload
 from krul_sglang.codec.layout import (
     EXPANSION,
     FACTORS,
-    SINKS,
     Cell,
     Plan,
     cells_of,
@@ -24,6 +23,7 @@ from krul_sglang.codec.layout import (
     unpack_classes,
 )
 from krul_sglang.codec.symbols import ALPHABETS, saturated, unpack
+from krul_sglang.strategy.base import SINKS
 
 if TYPE_CHECKING:
     from krul_sglang.codec.predictive import PredictiveCodec

@@ -64,7 +64,6 @@ class Profile:
 
     curve: ``(step, KL in nats, error in the importance metric)``, all rising, measured
         on held-out text; nine of ten conversations cost less than the KL.
-    attended: the same curve where each token's attention was measured.
     fingerprint: names what the profile was made from; compared on loading.
     novelty: how far held-out text is from the samples, per quarter of the layers.
     """
@@ -77,7 +76,6 @@ class Profile:
     curve: Sequence[tuple[float, float, float]]
     fingerprint: Mapping[str, str] = field(default_factory=dict)
     novelty: Sequence[float] = ()
-    attended: Sequence[tuple[float, float, float]] = ()
 
     @cached_property
     def id(self) -> str:
@@ -90,28 +88,21 @@ class Profile:
                 digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def _curve(self, attended: bool) -> Sequence[tuple[float, float, float]]:
-        return self.attended if attended else self.curve
-
-    def step_for(self, budget: float, attended: bool = False) -> float:
+    def step_for(self, budget: float) -> float:
         """The step that costs ``budget`` nats; log-log between measured points.
-
-        attended: for an encoding that knows each token's attention.
 
         Above what was measured the line goes on for a factor e of KL and no farther.
         """
         if not budget > 0:
             raise ValueError(f"a budget of {budget} nats; only exact codecs serve 0")
-        points = self._curve(attended)
-        most = points[-1][1] * math.e
-        return _on_line([(kl, step) for step, kl, _ in points], min(budget, most))
+        most = self.curve[-1][1] * math.e
+        return _on_line([(kl, step) for step, kl, _ in self.curve], min(budget, most))
 
-    def cost_at(self, step: float, attended: bool = False) -> tuple[float, float]:
+    def cost_at(self, step: float) -> tuple[float, float]:
         """KL and error that held-out text shows at ``step``."""
-        points = self._curve(attended)
         return (
-            _on_line([(s, kl) for s, kl, _ in points], step),
-            _on_line([(s, error) for s, _, error in points], step),
+            _on_line([(s, kl) for s, kl, _ in self.curve], step),
+            _on_line([(s, error) for s, _, error in self.curve], step),
         )
 
     @property

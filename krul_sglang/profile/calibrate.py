@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 
 from krul_sglang.codec.base import KVRun, KVSpec
 from krul_sglang.codec.guard import Measured, quarters
-from krul_sglang.codec.layout import SINKS
 from krul_sglang.codec.predictive import ROUNDING, PredictiveCodec
 from krul_sglang.profile.base import Profile, ProfileError
 from krul_sglang.profile.conversations import chat_ids, generate_conversations, technical_texts
@@ -36,7 +34,7 @@ from krul_sglang.quality.forward import (
 )
 from krul_sglang.similarity.estimate import codes_of_maps
 from krul_sglang.similarity.levels import levels_of
-from krul_sglang.strategy.base import Strategy
+from krul_sglang.strategy.base import SINKS, Strategy
 
 HISTORY = 800
 CONTINUATION = 100
@@ -45,8 +43,6 @@ DRAWS = 2
 CUTS = (350, 500, 650, HISTORY)
 """Where a held-out sequence is continued from what was restored. Divergence hardly depends on
 how much that is, but it falls with the distance from it: so many short continuations."""
-ATTENDED_CUTS = (500, HISTORY)
-"""Where the gain of knowing the tokens' attention is measured."""
 HELD_CHATS, HELD_PROSE = 4, 2
 GENERATED, ANSWER = 64, 140
 """Conversations that the model is asked for, and the longest answer in tokens."""
@@ -124,12 +120,10 @@ def calibrate(
             # measured leads, a limited distance at a time.
             step *= min(max((AIM / kl) ** (1 / 1.5), 1 / 16), 4.0)
     del samples
-    curve, attended, novelty = _measure_curves(
+    curve, novelty = _measure_curve(
         draft, trials, compared, step, lambda done: tell("measuring", 0.85 + 0.15 * done)
     )
-    profile = dataclasses.replace(
-        draft, rope=serving_rope, curve=curve, attended=attended, novelty=novelty
-    )
+    profile = dataclasses.replace(draft, rope=serving_rope, curve=curve, novelty=novelty)
     if out is not None:
         save_profile(profile, out)
     return profile
@@ -230,117 +224,61 @@ class _Trial:
 
     def kl(self, profile: Profile, step: float) -> float:
         """Mean KL (nats) of continuing from what the codec restores at ``step``."""
-        return _mean(self.cost(profile, step)[0])
+        return self.cost(profile, step)[0]
 
-    def cost(self, profile: Profile, step: float) -> tuple[list[float], Measured]:
-        """The same at each of :data:`CUTS`, and what the encoder itself could see."""
-        rk, rv, measured = self._restore(profile, step, HISTORY)
-        return [self._divergence(rk, rv, cut) for cut in CUTS], measured
-
-    def attended_cost(self, profile: Profile, step: float) -> tuple[list[float], list[float]]:
-        """KL and error at :data:`ATTENDED_CUTS`, the attention of the last tokens before a
-        cut being known. Empty where the model does not report attention."""
-        kl, error = [], []
-        for cut, codes in self.attention.items():
-            rk, rv, measured = self._restore(profile, step, cut, codes.numpy().tobytes())
-            kl.append(self._divergence(rk, rv, cut))
-            error.append(measured.error)
-        return kl, error
-
-    @cached_property
-    def attention(self) -> dict[int, torch.Tensor]:
-        """Codes at each of :data:`ATTENDED_CUTS`."""
-        found = {
-            cut: _attention(
-                self.model,
-                self.ids[:cut],
-                self.k[:, :cut],
-                self.v[:, :cut],
-                self.rank,
-                self.ranks,
-            )
-            for cut in ATTENDED_CUTS
-        }
-        return {cut: codes for cut, codes in found.items() if codes is not None}
+    def cost(self, profile: Profile, step: float) -> tuple[float, Measured]:
+        """The same, and what the encoder itself could see."""
+        codec, payload, measured = self._encode(profile, step)
+        rk, rv = self.k.clone(), self.v.clone()
+        for layer, (own_k, own_v) in enumerate(codec.open(payload).layers(0, HISTORY)):
+            _heads(rk, self.rank, self.ranks)[layer] = own_k
+            _heads(rv, self.rank, self.ranks)[layer] = own_v
+        kl = []
+        for cut, full in zip(CUTS, self.full, strict=True):
+            following = self.ids[cut : cut + CONTINUATION]
+            restored = self._continue(rk, rv, cut)
+            kl.append(float(divergence(full, restored, following).kl.mean()))
+        return _mean(kl), measured
 
     def measured(self, profile: Profile, step: float) -> Measured:
         """Only what the encoder could see."""
-        return self._encode(profile, step, HISTORY)[2]
+        return self._encode(profile, step)[2]
 
-    def _divergence(self, k: torch.Tensor, v: torch.Tensor, cut: int) -> float:
-        following = self.ids[cut : cut + CONTINUATION]
-        restored = self._continue(k, v, cut)
-        return float(divergence(self.full[CUTS.index(cut)], restored, following).kl.mean())
-
-    def _restore(
-        self, profile: Profile, step: float, tokens: int, attention: bytes = b""
-    ) -> tuple[torch.Tensor, torch.Tensor, Measured]:
-        """The cache with its first ``tokens`` stored and restored."""
-        codec, payload, measured = self._encode(profile, step, tokens, attention)
-        rk, rv = self.k.clone(), self.v.clone()
-        for layer, (own_k, own_v) in enumerate(codec.open(payload).layers(0, tokens)):
-            _heads(rk, self.rank, self.ranks)[layer, :tokens] = own_k
-            _heads(rv, self.rank, self.ranks)[layer, :tokens] = own_v
-        return rk, rv, measured
-
-    def _encode(
-        self, profile: Profile, step: float, tokens: int, attention: bytes = b""
-    ) -> tuple[PredictiveCodec, bytes, Measured]:
+    def _encode(self, profile: Profile, step: float) -> tuple[PredictiveCodec, bytes, Measured]:
         kinds = (profile.kv_heads, profile.head_dim, profile.v_head_dim)
         codec = PredictiveCodec(KVSpec(len(profile.layers), *kinds, "float32"), profile)
-        own = [_heads(x, self.rank, self.ranks)[:, :tokens] for x in (self.k, self.v)]
-        strategy = Strategy("predictive", attention=attention)
+        own = [_heads(x, self.rank, self.ranks) for x in (self.k, self.v)]
+        strategy = Strategy("predictive")
         return codec, *codec.encode_at(KVRun(own[0], own[1], 0), strategy, step)
 
 
-Curve = list[tuple[float, float, float]]
-
-
-def _measure_curves(
+def _measure_curve(
     profile: Profile,
     trials: Sequence[_Trial],
     others: Sequence[_Trial],
     step: float,
     tell: Callable[[float], None],
-) -> tuple[Curve, Curve, list[float]]:
-    """The profile's ``curve``, ``attended`` and ``novelty``; KL from ``trials``, the rest
-    from both."""
-    curve: Curve = []
-    attended: Curve = []
-    paired = [CUTS.index(cut) for cut in ATTENDED_CUTS]
+) -> tuple[list[tuple[float, float, float]], list[float]]:
+    """The profile's ``curve`` and ``novelty``; KL from ``trials``, the rest from both."""
+    curve: list[tuple[float, float, float]] = []
     # Ranks are restored together and their errors add.
     margin = MARGIN * max(1, int(profile.fingerprint.get("tp_size", "1")))
     for done, factor in enumerate(CURVE):
         costs = [trial.cost(profile, step * factor) for trial in trials]
         seen = [measured for _, measured in costs]
         seen += [other.measured(profile, step * factor) for other in others]
-        kl = margin * _mean([_mean(at_cuts) for at_cuts, _ in costs])
-        error = _mean([measured.error for measured in seen])
-        _append(curve, (step * factor, kl, error))
-        # What knowing the attention changes, at the same cuts of the same texts.
-        known = [trial.attended_cost(profile, step * factor) for trial in trials]
-        if all(at_cuts for at_cuts, _ in known):
-            plain = _mean([at_cuts[i] for at_cuts, _ in costs for i in paired])
-            kl *= _mean([kl for at_cuts, _ in known for kl in at_cuts]) / max(plain, 1e-12)
-            own = _mean([measured.error for _, measured in costs])
-            error *= _mean([e for _, errors in known for e in errors]) / max(own, 1e-30)
-        _append(attended, (step * factor, kl, error))
+        kl = max(1e-9, margin * _mean([kl for kl, _ in costs]))
+        error = max(1e-30, _mean([measured.error for measured in seen]))
+        if curve:
+            # Small errors cost their square; neighbouring points also differ by noise.
+            below, last_kl, last_error = curve[-1]
+            finer = step * factor / below
+            kl = min(max(kl, last_kl * finer), last_kl * finer**4)
+            error = max(error, last_error * finer**0.1)
+        curve.append((step * factor, kl, error))
         tell((done + 1) / len(CURVE))
     by_trial = [quarters(measured.novelty) for measured in seen]
-    novelty = [max(1e-6, _mean(column)) for column in zip(*by_trial, strict=True)]
-    return curve, attended, novelty
-
-
-def _append(curve: Curve, point: tuple[float, float, float]) -> None:
-    """Add a point, kept rising."""
-    step, kl, error = point[0], max(1e-9, point[1]), max(1e-30, point[2])
-    if curve:
-        # Small errors cost their square; neighbouring points also differ by noise.
-        below, last_kl, last_error = curve[-1]
-        finer = step / below
-        kl = min(max(kl, last_kl * finer), last_kl * finer**4)
-        error = max(error, last_error * finer**0.1)
-    curve.append((step, kl, error))
+    return curve, [max(1e-6, _mean(column)) for column in zip(*by_trial, strict=True)]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -84,7 +84,6 @@ def save_profile(profile: Profile, path: str | Path) -> None:
         "v_head_dim": profile.v_head_dim,
         "rope_scale": profile.rope.scale,
         "curve": [list(point) for point in profile.curve],
-        "attended": [list(point) for point in profile.attended],
         "novelty": list(profile.novelty),
         "id": profile.id,
     }
@@ -134,8 +133,7 @@ def load_profile(path: str | Path, expected: Mapping[str, str] | None = None) ->
             v_head_dim=int(shape["v_head_dim"]),
             rope=Rope(tensors["rope.inv_freq"], float(shape["rope_scale"])),
             layers=layers,
-            curve=_curve(shape["curve"]),
-            attended=_curve(shape["attended"]),
+            curve=[(float(step), float(kl), float(err)) for step, kl, err in shape["curve"]],
             novelty=[float(distance) for distance in shape["novelty"]],
             fingerprint=found,
         )
@@ -148,10 +146,6 @@ def load_profile(path: str | Path, expected: Mapping[str, str] | None = None) ->
     return profile
 
 
-def _curve(points: list[list[float]]) -> list[tuple[float, float, float]]:
-    return [(float(step), float(kl), float(error)) for step, kl, error in points]
-
-
 def _compare(found: Mapping[str, str], expected: Mapping[str, str], path: str | Path) -> None:
     for name, want in expected.items():
         if found.get(name) != want:
@@ -162,14 +156,10 @@ def _compare(found: Mapping[str, str], expected: Mapping[str, str], path: str | 
 
 
 def _check_curve(profile: Profile, path: str | Path) -> None:
-    figures = list(profile.novelty)
-    sound = True
-    for curve in (profile.curve, profile.attended):
-        columns = list(zip(*curve, strict=True))
-        figures += [x for column in columns for x in column]
-        sound &= len(curve) >= 2
-        sound &= all(a < b for column in columns for a, b in itertools.pairwise(column))
-    if not sound or not all(0 < x < math.inf for x in figures):
+    columns = list(zip(*profile.curve, strict=True))
+    rising = all(a < b for column in columns for a, b in itertools.pairwise(column))
+    figures = [x for column in columns for x in column] + list(profile.novelty)
+    if len(profile.curve) < 2 or not rising or not all(0 < x < math.inf for x in figures):
         raise ProfileError(f"{path}: damaged profile (its curve does not rise)")
 
 

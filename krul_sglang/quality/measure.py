@@ -14,14 +14,13 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from krul_sglang.codec.base import Codec, KVRun, KVSpec
-from krul_sglang.codec.layout import SINKS
 from krul_sglang.codec.registry import make_codec
 from krul_sglang.config import POLICIES
 from krul_sglang.profile.conversations import chat_ids
@@ -33,8 +32,11 @@ from krul_sglang.quality.forward import (
     history_kv,
 )
 from krul_sglang.similarity.estimate import codes_of_maps
-from krul_sglang.strategy.base import Strategy
-from krul_sglang.strategy.pairs import fixed_pairs, select_pairs
+from krul_sglang.similarity.layers import similarity_of_maps
+from krul_sglang.strategy.base import SINKS, Estimate, Selector, Strategy
+from krul_sglang.strategy.budget import BudgetSelector
+from krul_sglang.strategy.fixed import fixed_pairs
+from krul_sglang.strategy.paper import select_pairs
 
 if TYPE_CHECKING:
     from krul_sglang.profile.base import Profile
@@ -130,16 +132,16 @@ def codec_policy(codec: Codec, strategy: Strategy) -> Policy:
     return restore
 
 
-def attending_policy(codec: Codec, strategy: Strategy) -> Policy:
-    """As :func:`codec_policy`, told what the history's last tokens attended to.
-
-    Measuring that is not part of the encoding time.
-    """
+def attending_policy(codec: Codec, selector: Selector) -> Policy:
+    """As :func:`codec_policy`, told what the history's last tokens attended to where the model
+    reports it. Measuring that is not part of the encoding time."""
 
     def restore(history: History) -> Restored:
-        codes = codes_of_maps(history.attention(), SINKS)
-        own = replace(strategy, attention=codes.numpy().tobytes())
-        return codec_policy(codec, own)(history)
+        try:
+            strategy = selector.choose(Estimate(codes_of_maps(history.attention(), SINKS)))
+        except ValueError:
+            strategy = selector.default
+        return codec_policy(codec, strategy)(history)
 
     return restore
 
@@ -153,7 +155,7 @@ def selecting_policy(
     """
 
     def restore(history: History) -> Restored:
-        chosen = select_pairs(history.attention(), pairs)
+        chosen = select_pairs(similarity_of_maps(history.attention()), pairs)
         return codec_policy(codec, strategy(chosen))(history)
 
     return restore
@@ -211,7 +213,7 @@ def package_policies(
             continue
         if policy == "predictive":
             codec = make_codec(policy, spec, profile)
-            out[name] = attending_policy(codec, Strategy(policy, budget_of(name, budget)))
+            out[name] = attending_policy(codec, BudgetSelector(budget_of(name, budget)))
             continue
         if policy == "fixed":
             strategy = Strategy("pair_merge", pairs=fixed)

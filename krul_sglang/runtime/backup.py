@@ -12,7 +12,7 @@ import torch
 from krul_sglang.runtime import marks
 from krul_sglang.runtime.selection import strategy_of
 from krul_sglang.store.segment import RECORD_BYTES, SLOT_BYTES
-from krul_sglang.strategy.base import EXACT, Strategy
+from krul_sglang.strategy.base import EXACT, SINKS
 
 if TYPE_CHECKING:
     from krul_sglang.runtime.cache import KrulRadixCache
@@ -21,9 +21,6 @@ logger = logging.getLogger(__name__)
 
 # Longest run that becomes one segment: bounds staging and lets loads run in parallel.
 SEGMENT_TOKENS = 1024
-# The first tokens of a sequence draw attention from everywhere (attention sinks), so
-# errors in them cost most and their bytes least: they stay exact.
-SINK_TOKENS = 4
 # How long an eviction waits for the encoder before it drops the victim instead.
 STAGING_WAIT_SECONDS = 5.0
 
@@ -38,30 +35,29 @@ def store_node(cache: KrulRadixCache, node: Any, rows: torch.Tensor) -> torch.Te
     head = _exact_head(cache, node, start)
     already_exact = marks.exact_tokens(node)
     ids: list[torch.Tensor] = []
-    for lo, hi, strategy in _pieces(rows.numel(), head, marks.first_hand_tokens(node), krul.lossy):
+    first_hand = marks.first_hand_tokens(node) if krul.selector else rows.numel()
+    for lo, hi, exact in _pieces(rows.numel(), head, first_hand):
         if not _make_room(cache, (hi - lo) * krul.pool.spec.token_bytes, hi - lo):
             for held in ids:
                 krul.store.release(held)
             return None
         run = krul.pool.gather(rows[lo:hi], start + lo)
-        if strategy is krul.lossy:
-            strategy = strategy_of(strategy, node, lo, hi)
-        _, piece = krul.store.stage(run, strategy, strategy is EXACT and hi <= already_exact)
+        if exact or krul.selector is None:
+            _, piece = krul.store.stage(run, EXACT, hi <= already_exact)
+        else:
+            _, piece = krul.store.stage(run, strategy_of(krul.selector, node, lo, hi), False)
         ids.append(piece)
     marks.mark_stored(node, head)
     return torch.cat(ids)
 
 
-def _pieces(
-    tokens: int, head: int, first_hand: int, lossy: Strategy | None
-) -> Iterator[tuple[int, int, Strategy]]:
-    """Cut a node into segments ``[lo, hi)``: its exact head, then what may be lossy, then
-    what was lossy before and must not lose again."""
+def _pieces(tokens: int, head: int, first_hand: int) -> Iterator[tuple[int, int, bool]]:
+    """Cut a node into segments ``[lo, hi)``, each exact or not: its exact head, then what may
+    be lossy, then what was lossy before and must not lose again."""
     lossy_end = max(head, first_hand)
-    parts = ((0, head, EXACT), (head, lossy_end, lossy or EXACT), (lossy_end, tokens, EXACT))
-    for begin, end, strategy in parts:
+    for begin, end, exact in ((0, head, True), (head, lossy_end, False), (lossy_end, tokens, True)):
         for lo in range(begin, end, SEGMENT_TOKENS):
-            yield lo, min(lo + SEGMENT_TOKENS, end), strategy
+            yield lo, min(lo + SEGMENT_TOKENS, end), exact
 
 
 def _exact_head(cache: KrulRadixCache, node: Any, start: int) -> int:
@@ -71,9 +67,9 @@ def _exact_head(cache: KrulRadixCache, node: Any, start: int) -> int:
     first end of turn (a system prompt) may be shared by the next one.
     """
     tokens = len(node.key)
-    if cache.krul.lossy is None or _is_above_branch(node):
+    if cache.krul.selector is None or _is_above_branch(node):
         return tokens
-    head = max(0, SINK_TOKENS - start, _opening(cache, node))
+    head = max(0, SINKS - start, _opening(cache, node))
     return min(tokens, math.ceil(head / cache.page_size) * cache.page_size)
 
 

@@ -40,7 +40,7 @@ from krul_sglang.runtime.taps import Taps
 from krul_sglang.store.memory import MemoryStore
 from krul_sglang.store.segment import SegmentState
 from krul_sglang.store.slots import slot_runs
-from krul_sglang.strategy.base import Strategy
+from krul_sglang.strategy.base import Selector
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ class Krul:
     pool: PoolView
     store: MemoryStore
     loader: Loader
-    lossy: Strategy | None
-    """Strategy of what only one conversation can reach; None stores everything exactly."""
+    selector: Selector | None
+    """Chooses how what only one conversation can reach is stored; None stores it exactly."""
     turn_ends: frozenset[int]
     """Token ids that end a turn: what comes before the first one may be shared later."""
     counters: Counters
@@ -154,7 +154,7 @@ class KrulRadixCache(UnifiedRadixCache):
         fraction = self.krul.config.recompute_fraction
         if fraction and result.host_hit_length:
             usable = device + int(result.host_hit_length * (1 - fraction))
-        exact, missed = self.krul.lossy is not None and demands_exact(req), False
+        exact, missed = self.krul.selector is not None and demands_exact(req), False
         if exact or self.krul.store.lost_count:
             end, planned = matched, usable
             for node in self.path(result.best_match_node):
@@ -175,7 +175,7 @@ class KrulRadixCache(UnifiedRadixCache):
         self._note_lossy(req, result.best_match_node)
 
     def _note_lossy(self, req: Any, node_id: int) -> None:
-        if self.krul.lossy is not None and not req.output_ids:
+        if self.krul.selector is not None and not req.output_ids:
             path = self.path(node_id)
             setattr(req, LOSSY_TOKENS, sum(len(n.key) - marks.exact_tokens(n) for n in path))
 
@@ -188,7 +188,7 @@ class KrulRadixCache(UnifiedRadixCache):
             setattr(req, RECOMPUTED, 0)
             self.krul.counters.recomputed_tokens += recomputed
             self.krul.counters.misses += getattr(req, MISSED, False)
-        if self.krul.lossy is None:
+        if self.krul.selector is None:
             super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
             return
         exact = getattr(req, LOSSY_TOKENS, 0) == 0
@@ -197,13 +197,13 @@ class KrulRadixCache(UnifiedRadixCache):
             # request is reading; it keeps its own rows instead and caches nothing.
             req.skip_radix_cache_insert = True
             return
-        attention = selection.measure(self, req, up_to)
+        measured = selection.measure(self, req, up_to)
         self.inserting_exact = exact
         try:
             super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
         finally:
             self.inserting_exact = False
-        selection.tag(self, req, attention)
+        selection.tag(self, req, measured, up_to)
 
     def on_release(self, req: Any, *, checkpointed: bool) -> None:
         """The request is over, aborted or not: its queries are no longer kept."""
@@ -227,7 +227,7 @@ class KrulRadixCache(UnifiedRadixCache):
     def insert(self, params: InsertParams) -> InsertResult:
         """Stock insert; afterwards the marks of the nodes it wrote are brought up to date."""
         krul = self.krul
-        if self.disable or (krul.lossy is None and not krul.store.lost_count):
+        if self.disable or (krul.selector is None and not krul.store.lost_count):
             return super().insert(params)
         result = super().insert(replace(params, track_adopted_ranges=True))
         adopted = (result.adopted_ranges or {}).get(ComponentType.FULL, ())

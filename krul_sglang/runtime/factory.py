@@ -8,8 +8,10 @@ import os
 from typing import Any
 
 from krul_sglang.config import KrulConfig
-from krul_sglang.strategy.base import Strategy
-from krul_sglang.strategy.pairs import fixed_pairs
+from krul_sglang.strategy.base import Selector
+from krul_sglang.strategy.budget import BudgetSelector
+from krul_sglang.strategy.fixed import FixedSelector
+from krul_sglang.strategy.paper import PaperSelector
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +102,7 @@ def build(config: KrulConfig, ctx: Any) -> Any:
         pool=pool,
         store=store,
         loader=Loader(store, threads, config.link_bandwidth),
-        lossy=lossy_strategy(config, pool.spec.layers),
+        selector=selector_of(config, pool.spec.layers),
         turn_ends=frozenset(ctx.model_config.hf_eos_token_id or ()),
         counters=Counters(),
         metrics=metrics,
@@ -108,11 +110,14 @@ def build(config: KrulConfig, ctx: Any) -> Any:
     )
 
 
-def lossy_strategy(config: KrulConfig, layers: int) -> Strategy | None:
-    """How a policy stores what only one conversation can reach; None stores it exactly."""
+def selector_of(config: KrulConfig, layers: int) -> Selector | None:
+    """Who chooses how a policy stores what only one conversation can reach; None stores it
+    exactly."""
     match config.policy:
         case "predictive":
-            return Strategy("predictive", config.quality_budget)
+            return BudgetSelector(config.quality_budget)
         case "fixed":
-            return Strategy("pair_merge", pairs=fixed_pairs(layers))
+            return FixedSelector(layers)
+        case "paper":
+            return PaperSelector(layers)
     return None

@@ -7,7 +7,7 @@ the node's component metadata and follow it through split, restore and re-evicti
 A third mark, of the same form, says from which token on the device rows were decoded
 from a lossy segment: encoding those once more would lose quality a second time.
 
-A node that has yet to be stored may also carry the attention its tokens drew.
+A node that has yet to be stored may also carry what was measured of its tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 
 if TYPE_CHECKING:
-    from krul_sglang.runtime.selection import Attention
+    from krul_sglang.runtime.selection import Measured
 
 DEVICE = "krul_exact_on_device"
 STORED = "krul_exact_in_store"
 FIRST_HAND = "krul_first_hand_on_device"
-ATTENTION = "krul_attention"
+TAG = "krul_measured"
 
 
 def full_data(node: Any) -> Any:
@@ -45,7 +45,7 @@ def is_lossy(node: Any) -> bool:
 def mark_stored(node: Any, head: int) -> None:
     """The node's device rows were just stored, exactly up to ``head`` tokens."""
     _set(node, STORED, min(head, exact_tokens(node)))
-    full_data(node).metadata.pop(ATTENTION, None)
+    full_data(node).metadata.pop(TAG, None)
 
 
 def mark_loaded(node: Any) -> None:
@@ -66,14 +66,14 @@ def first_hand_tokens(node: Any) -> int:
     return min(len(node.key), full_data(node).metadata.get(FIRST_HAND, len(node.key)))
 
 
-def mark_attention(node: Any, attention: Attention) -> None:
-    """What the node's tokens drew, measured just now."""
-    full_data(node).metadata[ATTENTION] = attention
+def tag(node: Any, measured: Measured) -> None:
+    """What was just measured of the node's tokens."""
+    full_data(node).metadata[TAG] = measured
 
 
-def attention(node: Any) -> Attention | None:
-    """What the node's tokens drew, None where it was not measured."""
-    return full_data(node).metadata.get(ATTENTION)
+def tag_of(node: Any) -> Measured | None:
+    """What was measured of the node's tokens, None where nothing was."""
+    return full_data(node).metadata.get(TAG)
 
 
 def forget_stored(node: Any) -> None:
@@ -89,10 +89,10 @@ def split(parent: Any, child: Any) -> None:
         if exact is not None:
             _set(parent, mark, min(exact, length))
             _set(child, mark, max(0, exact - length))
-    drawn = full_data(child).metadata.pop(ATTENTION, None)
-    if drawn is not None:
-        mark_attention(parent, drawn.cut(0, length))
-        mark_attention(child, drawn.cut(length, length + len(child.key)))
+    measured = full_data(child).metadata.pop(TAG, None)
+    if measured is not None:
+        tag(parent, measured.cut(0, length))
+        tag(child, measured.cut(length, length + len(child.key)))
 
 
 def _set(node: Any, mark: str, exact: int) -> None:

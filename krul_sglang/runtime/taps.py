@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from krul_sglang.similarity.window import DECODE, PREFILL, ROWS, QueryWindow, Ring, sampled_layers
+from krul_sglang.similarity.window import DECODE, PREFILL, ROWS, QueryWindow, Ring
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,12 @@ class Taps:
         dtype: torch.dtype,
         device: torch.device,
         slots: int,
+        stride: int,
     ) -> None:
-        """slots: rows of the request pool, its padding row 0 included."""
-        self._index = {layer: i for i, layer in enumerate(sampled_layers(layers))}
+        """slots: rows of the request pool, its padding row 0 included. stride: every how
+        many layers queries are kept."""
+        self._layers = range(0, layers, stride)
+        self._index = {layer: i for i, layer in enumerate(self._layers)}
         size = len(self._index) * ROWS * heads * head_dim * dtype.itemsize
         self.lanes = max(1, min(LANES, slots, MEMORY // size))
         # One lane and one row more than are used: where unsampled rows go.
@@ -166,7 +169,7 @@ class Taps:
         positions = self._positions[held.lane, :ROWS]
         # A position beyond the end attends nothing.
         positions = torch.where(positions < tokens, positions, -1)
-        return QueryWindow(self._q[:, held.lane, :ROWS], positions)
+        return QueryWindow(self._q[:, held.lane, :ROWS], positions, self._layers)
 
     def release(self, rid: str) -> None:
         """The request is over; its lane is free.
@@ -200,11 +203,15 @@ def install(result: Any, runner: Any) -> Any:
     """AFTER ``ModelRunner.init_attention_backends``: tap the backend, where the policy
     measures attention."""
     from krul_sglang.runtime import args
+    from krul_sglang.runtime.factory import selector_of
 
     config = getattr(runner.server_args, args.ATTRIBUTE, None)
-    if config is None or not config.measures_attention or runner.is_draft_worker:
+    if config is None or config.attention == "off" or runner.is_draft_worker:
         return result
     pool = runner.token_to_kv_pool
+    selector = selector_of(config, runner.model_config.num_hidden_layers)
+    if selector is None or not selector.stride:
+        return result
     model = runner.model_config
     heads = model.num_attention_heads // max(1, runner.server_args.tp_size)
     taps = Taps(
@@ -214,6 +221,7 @@ def install(result: Any, runner: Any) -> Any:
         dtype=pool.k_buffer[0].dtype,
         device=pool.k_buffer[0].device,
         slots=len(runner.req_to_token_pool.req_to_token),
+        stride=selector.stride,
     )
     setattr(runner, ATTRIBUTE, taps)
     runner.attn_backend.forward = tapped(runner.attn_backend.forward, taps)

@@ -12,17 +12,18 @@ import torch
 from krul_kernels.attention_mass import window_attention_mass
 
 from krul_sglang.similarity.levels import codes_of, mean_mass
-from krul_sglang.similarity.window import DECODE, QueryWindow, sampled_layers
+from krul_sglang.similarity.window import DECODE, STRIDE, QueryWindow
 
 
 def attention_mass(
     window: QueryWindow, keys: Sequence[torch.Tensor], rows: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """float32 ``[sampled layers, tokens]``: attention on each token, summed over the window's
-    rows, a head's mean.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention on each token, and the queries' log-sum-exp.
 
     keys: one ``[pool rows, kv_heads, head_dim]`` tensor a model layer. rows: int ``[tokens]``,
-        the conversation's pool rows in order, on the keys' device.
+        the conversation's pool rows in order, on the keys' device. Returns float32
+        ``[sampled layers, tokens]``, summed over the window's rows, a head's mean; and
+        ``[sampled layers, rows, heads]`` in base 2.
     """
     tokens = len(rows)
 
@@ -31,14 +32,15 @@ def attention_mass(
 
     begin, pages, page_len = ints(0, window.q.shape[1]), ints(0, tokens), ints(1)
     slots = rows.to(torch.int32)
-    out = [
+    found = [
         window_attention_mass(
             q, begin, keys[layer].unsqueeze(1), pages, slots, page_len, window.positions,
             sm_scale=scale, total_kv=tokens,
-        )[0].sum(1)
-        for q, layer in zip(window.q, sampled_layers(len(keys)), strict=True)
+        )
+        for q, layer in zip(window.q, window.layers, strict=True)
     ]  # fmt: skip
-    return torch.stack(out) / window.q.shape[2]
+    mass = torch.stack([own.sum(1) for own, _ in found]) / window.q.shape[2]
+    return mass, torch.stack([lse for _, lse in found])
 
 
 def attention_codes(
@@ -49,11 +51,11 @@ def attention_codes(
     sinks: int,
 ) -> torch.Tensor:
     """uint8 ``[layers, tokens]`` codes of :mod:`krul_sglang.similarity.levels`, on the keys'
-    device; layers that were not sampled take those of the layer below. See
+    device; layers that were not sampled take those of the sampled layer below. See
     :func:`attention_mass`; no host synchronisation.
     """
-    mass = attention_mass(window, keys, rows, scale)
-    return _codes(mass, window.positions, window.q.shape[1], len(keys), sinks)
+    mass, _ = attention_mass(window, keys, rows, scale)
+    return _codes(mass, window.positions, len(keys), sinks)
 
 
 def codes_of_maps(maps: torch.Tensor, sinks: int) -> torch.Tensor:
@@ -65,14 +67,12 @@ def codes_of_maps(maps: torch.Tensor, sinks: int) -> torch.Tensor:
     layers, _, queries, tokens = maps.shape
     positions = torch.arange(tokens - queries, tokens, dtype=torch.int32)
     kept = (positions % DECODE.stride == 0).nonzero()[-DECODE.size :, 0]
-    mass = maps[sampled_layers(layers)][:, :, kept].sum(2).mean(1)
-    return _codes(mass, positions[kept], len(kept), layers, sinks)
+    mass = maps[::STRIDE, :, kept].sum(2).mean(1)
+    return _codes(mass, positions[kept], layers, sinks)
 
 
-def _codes(
-    mass: torch.Tensor, positions: torch.Tensor, rows: int, layers: int, sinks: int
-) -> torch.Tensor:
+def _codes(mass: torch.Tensor, positions: torch.Tensor, layers: int, sinks: int) -> torch.Tensor:
     token = torch.arange(mass.shape[1], device=mass.device)
     seen = (positions[:, None] >= token).sum(0)
-    codes = codes_of(mean_mass(mass, seen, rows), sinks)
-    return codes.repeat_interleave(2, 0)[:layers]
+    codes = codes_of(mean_mass(mass, seen), sinks)
+    return codes.repeat_interleave(-(-layers // len(mass)), 0)[:layers]

@@ -14,8 +14,8 @@ import torch
 OFFSET = 0.01
 """Below a hundredth of the mean a token counts as hardly attended."""
 LEVELS_A_NAT = 16
-FEW = 1 / 12
-"""Share of the rows that must have seen a token for their mean to say anything."""
+LATE = 1 / 3
+"""Share of the rows below which what has seen a token is few."""
 _LOWEST = math.log(OFFSET)
 
 
@@ -30,13 +30,18 @@ def codes_of(mass: torch.Tensor, sinks: int) -> torch.Tensor:
     return code.clamp(0, 255).to(torch.uint8)
 
 
-def mean_mass(mass: torch.Tensor, seen: torch.Tensor, rows: int) -> torch.Tensor:
+def mean_mass(mass: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """What one row that could look at a token gave it on average.
 
-    mass: ``[layers, tokens]`` summed over rows. seen: ``[tokens]``, how many of the ``rows``
-    could look at it; tokens that few have seen count as seen by :data:`FEW` of them.
+    mass: ``[layers, tokens]`` summed over rows. seen: int ``[tokens]``, how many rows could
+    look at it, the first token all of them. The latest tokens few or none have seen, and the
+    next ones will look at them most: they count as if one row more had given them what is
+    usual there.
     """
-    return mass / seen.clamp(rows * FEW, rows)
+    late = seen < seen.max() * LATE
+    own = torch.where(late, mass, 0).sum(1, keepdim=True)
+    usual = own / torch.where(late, seen, 0).sum().clamp_min(1)
+    return torch.where(late, (mass + usual) / (seen + 1), mass / seen.clamp_min(1))
 
 
 def levels_of(codes: torch.Tensor) -> torch.Tensor:

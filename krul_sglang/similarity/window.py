@@ -8,10 +8,12 @@ Of either only every ``stride``-th position is kept, the latest of those: 16 row
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,8 @@ DECODE = Ring(8, 12, 8)
 ROWS = PREFILL.size + DECODE.size
 
 
-def sampled_layers(layers: int) -> list[int]:
-    """Layers whose queries are kept: every second one, whose tokens matter as much as those
-    of its neighbour (KL 0.60 against 0.58 of what it is with no attention known)."""
-    return list(range(0, layers, 2))
+STRIDE = 2
+"""Every second layer is sampled: its tokens matter about as much as those of the next one."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,11 @@ class QueryWindow:
     """Sampled queries of one conversation.
 
     q: ``[sampled layers, rows, heads, head_dim]``, post-RoPE, the pool's dtype and device.
-    positions: int32 ``[rows]``, where in the conversation each row stands, on q's device.
+    positions: int32 ``[rows]``, where in the conversation each row stands, on q's device;
+        negative where there is no row.
+    layers: the sampled layers, ascending.
     """
 
     q: torch.Tensor
     positions: torch.Tensor
+    layers: Sequence[int]

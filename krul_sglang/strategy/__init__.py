@@ -1,1 +1,1 @@
-"""Strategies: how one conversation's segments are to be compressed."""
+"""Strategies: how one conversation's segments are to be compressed, and who chooses it."""

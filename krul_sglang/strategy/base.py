@@ -1,8 +1,22 @@
-"""What a compression strategy is."""
+"""What a compression strategy is, and what a selector must do to choose one.
+
+Data flow: when a request finishes, :meth:`Selector.measure` turns its sampled queries and
+its keys, still on the device, into an :class:`Estimate`; when its tokens leave the device,
+:meth:`Selector.choose` turns that into the :class:`Strategy` of each segment.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from krul_sglang.similarity.layers import LayerSimilarity
+    from krul_sglang.similarity.window import QueryWindow
 
 
 @dataclass(frozen=True)
@@ -30,3 +44,44 @@ class Strategy:
 
 
 EXACT = Strategy(codec="lossless")
+
+SINKS = 4
+"""Leading tokens of a sequence that draw attention from everywhere, whatever they say: errors
+in them cost most and their bytes least, so they stay exact."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What was measured of a run of tokens; what a selector does not use is None.
+
+    codes: uint8 ``[layers, tokens]`` attention levels (:mod:`krul_sglang.similarity.levels`).
+    layers: how alike the layers attend, over the whole conversation.
+    """
+
+    codes: torch.Tensor | None = None
+    layers: LayerSimilarity | None = None
+
+
+class Selector(ABC):
+    """Chooses strategies for what may be stored lossily. Stateless."""
+
+    stride: ClassVar[int] = 0
+    """Every how many layers it wants queries sampled; 0 asks for no measurement."""
+
+    @property
+    @abstractmethod
+    def default(self) -> Strategy:
+        """For tokens of which nothing was measured."""
+
+    def measure(
+        self, window: QueryWindow, keys: Sequence[torch.Tensor], rows: torch.Tensor, scale: float
+    ) -> Estimate:
+        """What it needs to know of a conversation, on the keys' device, without waiting for it.
+
+        Arguments as in :func:`krul_sglang.similarity.estimate.attention_mass`.
+        """
+        raise NotImplementedError
+
+    def choose(self, estimate: Estimate) -> Strategy:
+        """For tokens of which ``estimate`` is known; its tensors are on the host."""
+        raise NotImplementedError

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from small_profile import LAYERS, PROFILE, WIDTH, make_run, spec_of
 
 from krul_sglang.codec.base import CodecError, KVRun
-from krul_sglang.codec.layout import FACTORS, SINKS
+from krul_sglang.codec.layout import FACTORS
 from krul_sglang.codec.lossless import LosslessCodec
 from krul_sglang.codec.predictive import PredictiveCodec
 from krul_sglang.codec.registry import make_codec
-from krul_sglang.strategy.base import Strategy
+from krul_sglang.strategy.base import SINKS, Strategy
 
 STRATEGY = Strategy("predictive", 0.01)
 

@@ -40,10 +40,7 @@ REFUSED = {
         "--krul-policy",
         "losless",
         shows="--krul-policy=losless: ",
-        why="predictive, fixed, lossless (did you mean 'lossless'?)",
-    ),
-    "planned-policy": bad_setting(
-        *ON, "--krul-policy", "paper", shows="--krul-policy=paper: ", why="accepted: "
+        why="predictive, paper, fixed, lossless (did you mean 'lossless'?)",
     ),
     "negative-size": bad_setting(
         *ON, "--krul-host-memory", "-4GB", shows="--krul-host-memory=-4GB: ", why="such as 4GB"

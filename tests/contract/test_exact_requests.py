@@ -5,9 +5,9 @@ import torch
 from kv_oracle import ROUNDING, oracle
 from tree_rig import Rig
 
-from krul_sglang.runtime.backup import SINK_TOKENS
 from krul_sglang.runtime.exact import LOSSY_TOKENS
 from krul_sglang.runtime.marks import is_lossy
+from krul_sglang.strategy.base import SINKS
 
 END = 9
 HISTORY = [*range(100, 115), END, *range(200, 248)]  # 16 exact tokens, then 48 lossy ones
@@ -104,7 +104,7 @@ def test_the_mark_follows_a_split_and_a_second_eviction(rig: Rig) -> None:
     rig.evict()
     rig.check()
     again = rig.request([*HISTORY, 6], exact=True)
-    assert rig.match(again) <= SINK_TOKENS + rig.page_size + len(HISTORY[:16])
+    assert rig.match(again) <= SINKS + rig.page_size + len(HISTORY[:16])
     plain = rig.turn([*HISTORY, 7])
     assert plain.host_loaded_length == len(HISTORY)
     assert getattr(plain, LOSSY_TOKENS) > 0

@@ -12,8 +12,8 @@ from tree_rig import Rig
 
 from krul_sglang.runtime import marks
 from krul_sglang.runtime.taps import Taps
-from krul_sglang.similarity.levels import LEVELS_A_NAT, codes_of
-from krul_sglang.similarity.window import DECODE, PREFILL, sampled_layers
+from krul_sglang.similarity.levels import LEVELS_A_NAT, codes_of, mean_mass
+from krul_sglang.similarity.window import DECODE, PREFILL
 from krul_sglang.strategy.base import Strategy
 
 QUERY_HEADS = 2 * HEADS
@@ -45,7 +45,7 @@ def tapped_rig(make_rig, page_size: int = 1) -> tuple[Rig, Spy]:
         "lossless": rig.krul.store._codec_for("lossless"),
     }.__getitem__
     slots = len(rig.req_to_token_pool.req_to_token)
-    rig.krul.taps = Taps(LAYERS, QUERY_HEADS, DIM, torch.float32, torch.device("cpu"), slots)
+    rig.krul.taps = Taps(LAYERS, QUERY_HEADS, DIM, torch.float32, torch.device("cpu"), slots, 2)
     return rig, spy
 
 
@@ -96,8 +96,8 @@ def brute_force(tokens: list[int], prompt: int, begin: int) -> torch.Tensor:
                 keys = k[source, : position + 1, head // (QUERY_HEADS // HEADS)]
                 share = (keys @ q[head] / math.sqrt(DIM)).softmax(0)
                 out[layer, : position + 1] += share / QUERY_HEADS
-    seen = torch.tensor([sum(p >= t for p in kept) for t in range(count)]).clamp_min(20 / 12)
-    return codes_of(out / seen, 4)
+    seen = torch.tensor([sum(p >= t for p in kept) for t in range(count)])
+    return codes_of(mean_mass(out, seen), 4)
 
 
 def attention(strategy: Strategy) -> torch.Tensor:
@@ -170,11 +170,7 @@ def test_a_request_that_did_not_finish_says_nothing(make_rig, end) -> None:
     req, _ = turn(rig, [5, END, *range(100, 162)], list(range(200, 230)), end)
     assert rig.krul.counters.measured_requests == 0
     assert rig.krul.taps.window(req.rid, 60) is None
-    assert not any(marks.attention(node) for node in rig.nodes())
+    assert not any(marks.tag_of(node) for node in rig.nodes())
     rig.evict()
     rig.sealed()
     assert all(strategy.attention == b"" for strategy in spy.seen.values())
-
-
-def test_sampled_layers_start_below() -> None:
-    assert sampled_layers(LAYERS) == [0, 2]

@@ -37,7 +37,8 @@ from krul_sglang.runtime.state import Counters
 from krul_sglang.store.memory import MemoryStore
 from krul_sglang.store.segment import SegmentState
 from krul_sglang.store.slots import slot_runs
-from krul_sglang.strategy.base import EXACT
+from krul_sglang.strategy.base import EXACT, Strategy
+from krul_sglang.strategy.budget import BudgetSelector
 
 
 def build_krul(
@@ -55,10 +56,17 @@ def build_krul(
         pool=pool,
         store=store,
         loader=Loader(store, 2),
-        lossy=lossy,
+        selector=None if lossy is None else Always(lossy),
         turn_ends=frozenset(turn_ends),
         counters=Counters(),
     )
+
+
+class Always(BudgetSelector):
+    """One codec for all, told the attention where it is known."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._default = strategy
 
 
 class Rig:
@@ -299,7 +307,7 @@ class Rig:
     def check_prefix(self, req: Req, end: int) -> None:
         """Every row a request is about to attend to is right, and exact where promised."""
         tokens = tuple(req.full_untruncated_fill_ids[:end])
-        if self.krul.lossy is None or getattr(req, LOSSY_TOKENS, 0) == 0:
+        if self.krul.selector is None or getattr(req, LOSSY_TOKENS, 0) == 0:
             assert torch.equal(self.rows_of(req, end), oracle(tokens)), "rows are not exact"
         else:
             assert_plausible(self.rows_of(req, end), tokens, 0)

@@ -46,9 +46,7 @@ def model_dir(tmp_path: Path) -> Path:
 def make(model_dir: Path) -> Profile:
     curve = [(0.1, 0.001, 0.01), (0.2, 0.01, 0.04)]
     layers = [layer(0, 1), layer(5, 2)]
-    return Profile(
-        2, 8, 8, Rope(torch.rand(4), 1.5), layers, curve, fingerprint(model_dir), [1.0], curve
-    )
+    return Profile(2, 8, 8, Rope(torch.rand(4), 1.5), layers, curve, fingerprint(model_dir), [1.0])
 
 
 def test_everything_comes_back(model_dir: Path, tmp_path: Path) -> None:

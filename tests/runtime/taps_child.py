@@ -22,7 +22,6 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 
 from krul_sglang.quality.forward import load_model
 from krul_sglang.similarity.estimate import attention_mass
-from krul_sglang.similarity.window import sampled_layers
 
 PROMPTS = {"chunked": (40, 33), "whole": (23,)}
 ANSWER = 45
@@ -79,11 +78,10 @@ def main() -> None:
     for req, tokens in served(runner):
         window = taps.window(req.rid, len(tokens))
         rows = runner.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : len(tokens)]
-        mass = attention_mass(window, runner.token_to_kv_pool.k_buffer, rows, taps.scale)
+        mass, _ = attention_mass(window, runner.token_to_kv_pool.k_buffer, rows, taps.scale)
         maps = model(torch.tensor([tokens]), output_attentions=True).attentions
         kept = sorted(p for p in window.positions.tolist() if p >= 0)
-        layers = sampled_layers(len(maps))
-        expected = torch.stack([maps[layer][0, :, kept].sum(1).mean(0) for layer in layers])
+        expected = torch.stack([maps[layer][0, :, kept].sum(1).mean(0) for layer in window.layers])
         out[req.rid] = {
             "positions": window.positions.tolist(),
             "tokens": len(tokens),

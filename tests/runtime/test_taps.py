@@ -48,7 +48,7 @@ def expected(prompt: int, tokens: int) -> list[int]:
 
 
 def make(static: bool = False) -> Taps:
-    taps = Taps(LAYERS, HEADS, DIM, torch.float32, torch.device("cpu"), SLOTS)
+    taps = Taps(LAYERS, HEADS, DIM, torch.float32, torch.device("cpu"), SLOTS, 2)
     taps.static = static
     return taps
 

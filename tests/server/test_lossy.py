@@ -74,3 +74,14 @@ def test_attention_can_be_left_alone(serve, chat_profile):
         server.generate(list(range(1000, 1060)), 24)
         state = server.krul()
     assert state["measured_requests"] == state["memory"]["taps"] == 0
+
+
+def test_the_papers_selection_serves(serve):
+    """Its pairs come from attention measured in the server; what it restores is reported."""
+    with serve("--enable-krul", "--krul-policy", "paper", *SMALL_POOL) as server:
+        done = Dialogue(server).run()
+        state = server.krul()
+    assert all(turn.hits("lossy") > 0 for turns in done for turn in turns[1:])
+    assert state["measured_requests"] > 0
+    assert state["lossy_segments"] > 0
+    assert state["lost_segments"] == state["protected_tokens"] == 0

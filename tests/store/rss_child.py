@@ -13,7 +13,7 @@ from krul_sglang.codec.base import KVRun, KVSpec
 from krul_sglang.codec.registry import make_codec
 from krul_sglang.store.memory import MemoryStore
 from krul_sglang.strategy.base import Strategy
-from krul_sglang.strategy.pairs import fixed_pairs
+from krul_sglang.strategy.fixed import fixed_pairs
 
 
 def main() -> None:

@@ -10,9 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from krul_sglang.strategy.pairs import edge_mass, fixed_pairs, select_pairs
+from krul_sglang.similarity.layers import similarity_of_maps
+from krul_sglang.strategy.fixed import fixed_pairs
+from krul_sglang.strategy.paper import select_pairs as select
 
 Pairs = tuple[tuple[int, int], ...]
+
+
+def select_pairs(attention: torch.Tensor, count: int, threshold: float = 0.7) -> Pairs:
+    return select(similarity_of_maps(attention), count, threshold)
+
+
+def edge_mass(attention: torch.Tensor, edge: float = 0.1) -> torch.Tensor:
+    return similarity_of_maps(attention, edge).edges
 
 
 @st.composite

@@ -16,8 +16,10 @@ from krul_sglang.quality.measure import (
     package_policies,
     selecting_policy,
 )
+from krul_sglang.similarity.layers import similarity_of_maps
 from krul_sglang.strategy.base import Strategy
-from krul_sglang.strategy.pairs import fixed_pairs, select_pairs
+from krul_sglang.strategy.fixed import fixed_pairs
+from krul_sglang.strategy.paper import select_pairs
 
 LAYERS = 8
 SPEC = KVSpec(LAYERS, 2, 16, 16, "bfloat16")
@@ -109,7 +111,7 @@ def test_paper_merges_the_pairs_it_selects() -> None:
     rows[4, ..., 60] = 900  # an input-dependent layer
     rows /= rows.sum(-1, keepdim=True)
     run = history(120, rows)
-    pairs = select_pairs(rows, len(fixed_pairs(LAYERS)))
+    pairs = select_pairs(similarity_of_maps(rows), len(fixed_pairs(LAYERS)))
     assert pairs != fixed_pairs(LAYERS)
     assert len(pairs) == len(fixed_pairs(LAYERS))
     restored = package_policies(["paper"], SPEC, None, 0.01)["paper"](run)

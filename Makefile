@@ -13,7 +13,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model profile demo serve doctor test test-unit test-long lint format docs clean
+.PHONY: help setup model profile demo serve doctor test test-unit test-long test-gpu lint format docs clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,6 +45,10 @@ test-unit: setup ## tests without a server, under a minute
 
 test-long: profile ## every test
 	@$(PYTEST) -m "not gpu" $(ARGS)
+
+# Needs torch, triton, numpy and pytest, nothing else: any machine with a GPU will do.
+test-gpu: ## the kernels' tests, on the GPU where there is one (PYTHON=... chooses the interpreter)
+	@PYTHONPATH=kernels $(PYTHON) -m pytest --confcutdir=tests/kernels tests/kernels $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -87,7 +87,8 @@ def build(config: KrulConfig, ctx: Any) -> Any:
     sampled = getattr(runner, taps.ATTRIBUTE, None)
     if sampled is not None:
         rows = pool.k[0].shape[0]
-        store.ledger.add("taps", sampled.nbytes + rows * pool.spec.layers)
+        buffers = sampled.nbytes if pool.device.type == "cpu" else 0
+        store.ledger.add("taps", buffers + rows * pool.spec.layers)
     metrics = None
     if ctx.params.enable_metrics:
         metrics = Metrics(

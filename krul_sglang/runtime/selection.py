@@ -25,18 +25,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """An estimate on the host, complete once ``ready`` (a CUDA event, None on a CPU) has passed."""
+    """An estimate in host memory, complete once ``ready`` (a CUDA event, None on a CPU) has
+    passed."""
 
     estimate: Estimate
     ready: Any = None
 
     def cut(self, lo: int, hi: int) -> Measured:
-        """That of tokens ``lo .. hi``, memory of its own."""
+        """That of tokens ``lo .. hi``, a view; waits for nothing."""
+        codes = self.estimate.codes
+        own = None if codes is None else codes[:, lo:hi]
+        return Measured(Estimate(own, self.estimate.layers), self.ready)
+
+    def complete(self) -> Estimate:
+        """The estimate, once it can be read."""
         if self.ready is not None:
             self.ready.synchronize()
-        codes = self.estimate.codes
-        own = None if codes is None else codes[:, lo:hi].clone()
-        return Measured(Estimate(own, self.estimate.layers))
+        return self.estimate
 
 
 def measure(cache: KrulRadixCache, req: Any, tokens: int) -> Measured | None:
@@ -87,4 +92,6 @@ def tag(cache: KrulRadixCache, req: Any, measured: Measured | None, tokens: int)
 def strategy_of(selector: Selector, node: Any, lo: int, hi: int) -> Strategy:
     """How tokens ``lo .. hi`` of a node are to be stored where they may be lossy."""
     measured = marks.tag_of(node)
-    return selector.default if measured is None else selector.choose(measured.cut(lo, hi).estimate)
+    return (
+        selector.default if measured is None else selector.choose(measured.cut(lo, hi).complete())
+    )

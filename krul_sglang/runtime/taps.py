@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 ATTRIBUTE = "krul_taps"
 _PLAN = "krul_tap_plan"
 MEMORY = 256 << 20
-"""Bytes the rows of all requests may take on one rank."""
+"""Bytes the rows of all requests may take on one rank, and no more than a 16th of its host
+memory budget."""
 FEWEST = 4
 """Rows without which nothing is said about a conversation."""
 LANES = 64
@@ -43,13 +44,14 @@ class Taps:
         device: torch.device,
         slots: int,
         stride: int,
+        memory: int = MEMORY,
     ) -> None:
         """slots: rows of the request pool, its padding row 0 included. stride: every how
-        many layers queries are kept."""
+        many layers queries are kept. memory: bytes the rows may take."""
         self._layers = range(0, layers, stride)
         self._index = {layer: i for i, layer in enumerate(self._layers)}
         size = len(self._index) * ROWS * heads * head_dim * dtype.itemsize
-        self.lanes = max(1, min(LANES, slots, MEMORY // size))
+        self.lanes = max(1, min(LANES, slots, memory // size))
         # One lane and one row more than are used: where unsampled rows go.
         shape = (len(self._index), self.lanes + 1, ROWS + 1, heads, head_dim)
         self._q = torch.zeros(shape, dtype=dtype, device=device)
@@ -57,7 +59,7 @@ class Taps:
         self._lane_of = torch.full((slots,), self.lanes, dtype=torch.int64, device=device)
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._free = list(range(self.lanes))
-        self.scale = head_dim**-0.5
+        self.heads, self.scale = heads, head_dim**-0.5
         self.static = device.type == "cuda"
         """Whether decode plans keep their shape from step to step, as graphs need them."""
 
@@ -81,7 +83,8 @@ class Taps:
             return
         source, lane, row = plan
         rows = q.view(-1, *self._q.shape[3:])
-        self._q[index].index_put_((lane, row), rows if source is None else rows[source])
+        rows = rows if source is None else rows[source]
+        self._q[index].index_put_((lane, row), rows.to(self._q.dtype))
 
     def _plan(self, batch: Any) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None:
         """Which tokens of the batch are kept (None: all), in which lane and row."""
@@ -202,6 +205,8 @@ def _sampled(ring: Ring, begin: int, end: int) -> range:
 def install(result: Any, runner: Any) -> Any:
     """AFTER ``ModelRunner.init_attention_backends``: tap the backend, where the policy
     measures attention."""
+    from sglang.srt.runtime_context import get_parallel
+
     from krul_sglang.runtime import args
     from krul_sglang.runtime.factory import selector_of
 
@@ -209,11 +214,15 @@ def install(result: Any, runner: Any) -> Any:
     if config is None or config.attention == "off" or runner.is_draft_worker:
         return result
     pool = runner.token_to_kv_pool
+    if not hasattr(pool, "k_buffer"):
+        return result  # a pool that Krul refuses when its cache is built
     selector = selector_of(config, runner.model_config.num_hidden_layers)
     if selector is None or not selector.stride:
         return result
     model = runner.model_config
-    heads = model.num_attention_heads // max(1, runner.server_args.tp_size)
+    parallel = get_parallel()
+    heads = model.num_attention_heads // max(1, parallel.tp_size)
+    ranks = max(1, parallel.tp_size) * max(1, parallel.dp_size)
     taps = Taps(
         layers=len(pool.k_buffer),
         heads=heads,
@@ -222,6 +231,7 @@ def install(result: Any, runner: Any) -> Any:
         device=pool.k_buffer[0].device,
         slots=len(runner.req_to_token_pool.req_to_token),
         stride=selector.stride,
+        memory=min(MEMORY, config.host_memory // ranks // 16),
     )
     setattr(runner, ATTRIBUTE, taps)
     runner.attn_backend.forward = tapped(runner.attn_backend.forward, taps)
@@ -233,8 +243,9 @@ def tapped(forward: Callable, taps: Taps) -> Callable:
 
     @functools.wraps(forward)
     def wrapper(q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *rest: Any, **kw: Any):
-        taps.scale = layer.scaling
-        taps.record(q, layer.layer_id, forward_batch)
+        if layer.tp_q_head_num == taps.heads:  # else heads are split in a way not foreseen
+            taps.scale = layer.scaling
+            taps.record(q, layer.layer_id, forward_batch)
         return forward(q, k, v, layer, forward_batch, *rest, **kw)
 
     return wrapper

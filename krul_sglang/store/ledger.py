@@ -12,8 +12,8 @@ class Ledger:
 
     tier: sealed payloads. staging: raw runs waiting to be encoded, and payloads
     being built. index: the tree's slot ids and the segments' own records. profile: the
-    model's calibrated maps. taps: buffers for sampled queries, and a byte a token of the
-    pool and layer for the attention it drew.
+    model's calibrated maps. taps: buffers for sampled queries where they are in
+    host memory, and a byte a token of the pool and layer for the attention it drew.
     """
 
     def __init__(self, limit: int) -> None:

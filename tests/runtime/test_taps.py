@@ -163,6 +163,8 @@ def test_a_request_that_was_retracted_starts_anew() -> None:
     check(taps, "a", 2, expected(44, 44), 44)
 
 
-def test_memory_is_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MEMORY", 3 * ROWS * 3 * HEADS * DIM * 4)
-    assert make().lanes == 3
+def test_memory_is_bounded_by_bytes() -> None:
+    row = 3 * HEADS * DIM * 4
+    shape = (LAYERS, HEADS, DIM, torch.float32, torch.device("cpu"), SLOTS, 2)
+    assert Taps(*shape, memory=3 * ROWS * row).lanes == 3
+    assert Taps(*shape, memory=1).lanes == 1

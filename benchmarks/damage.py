@@ -10,6 +10,7 @@ divergence of what comes next is measured. That is held against what could be kn
 - ``attention``: total variation between the attention of the history's last queries over the
   original and over the rebuilt keys
 - ``prior``: the layer's mean damage in the other conversations
+- ``both``: ``attention``, times what the layer's damage is of it in the other conversations
 
 Spearman's rank correlation over the layers, a conversation at a time.
 """
@@ -79,6 +80,7 @@ def damage(model: Any, ids: Sequence[int], codec: PredictiveCodec, budget: float
         error = ((flat(own_k, own_v) - x) @ weights.forward).square().sum(1)[SINKS:]
         dim = x.shape[1]
         importance = x @ weights.attended[:dim] + weights.attended[dim:-1] @ levels[layer]
+        importance += weights.attended[-1]
         rk, rv = k.clone(), v.clone()
         rk[layer], rv[layer] = own_k, own_v
         logits = continuation_logits(model, rk, rv, following)
@@ -108,11 +110,15 @@ def main() -> None:
         if len(ids) >= HISTORY + CONTINUATION:
             found.append({"id": chat.id, **damage(model, ids, codec, options.budget)})
     kl = torch.tensor([one["kl"] for one in found])
+    variation = torch.tensor([one["attention"] for one in found])
     for i, one in enumerate(found):
-        one["prior"] = ((kl.sum(0) - kl[i]) / max(1, len(found) - 1)).tolist()
+        others = [j for j in range(len(found)) if j != i] or [i]
+        prior, expected = kl[others].mean(0), variation[others].mean(0)
+        one["prior"] = prior.tolist()
+        one["both"] = (variation[i] * prior / expected).tolist()
     table = Table("estimate", "Spearman, mean", "least", "most")
     summary = {}
-    for way in ("metric", "weighted", "attention", "prior"):
+    for way in ("metric", "weighted", "attention", "prior", "both"):
         values = [spearman(one[way], one["kl"]) for one in found]
         summary[way] = {"mean": sum(values) / len(values), "range": [min(values), max(values)]}
         table.add_row(

@@ -47,15 +47,15 @@ class Measured:
 def measure(cache: KrulRadixCache, req: Any, tokens: int) -> Measured | None:
     """The estimate of a finished request's first ``tokens``, None where too little is known.
 
-    Its pool rows are read in stream order, before anyone may free them.
+    Its queries and pool rows are read in stream order, before anyone may overwrite them.
     """
     krul = cache.krul
     if krul.taps is None or krul.selector is None or not req.finished():
         return None
-    window = krul.taps.window(req.rid, tokens)
-    if window is None:
-        return None
     with krul.pool.in_forward_order():
+        window = krul.taps.window(req.rid, tokens)
+        if window is None:
+            return None
         rows = cache.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :tokens]
         estimate = krul.selector.measure(window, krul.pool.k, rows, krul.taps.scale)
         krul.counters.measured_requests += 1

@@ -14,13 +14,14 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
-from krul_sglang.live_server import LiveServer
+from krul_sglang.live_server import LiveServer, ServerFailedError
 from krul_sglang.profile.locate import ensure
 
 
@@ -87,4 +88,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError, ServerFailedError) as error:
+        sys.exit(f"error: {error}")

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 MODEL  ?= models/SmolLM2-135M-Instruct
+RESULTS ?= benchmarks/results
 # Most of a test's time is one process starting, so two run at a time; two torch threads each
 # would collapse on two cores.
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
@@ -13,7 +14,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model profile demo serve doctor test test-unit test-long test-gpu lint format docs clean
+.PHONY: help setup model profile demo bench serve doctor test test-unit test-long test-gpu lint format docs clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,6 +31,11 @@ profile: model
 
 demo: model ## a conversation that is evicted and restored, turn by turn
 	@$(BIN)/python demo/terminal.py --model $(MODEL) $(ARGS)
+
+bench: profile ## time to first token of returning conversations, with plots (hours; docs/restore.md)
+	@$(BIN)/python benchmarks/restore.py --model $(MODEL) --profile $(MODEL).krul.safetensors \
+		--json $(RESULTS)/restore.json $(ARGS)
+	@$(BIN)/python benchmarks/restore_report.py $(RESULTS)/restore.json $(RESULTS)
 
 serve: model ## serve the chat model with Krul (ARGS="--krul-policy lossless")
 	@$(BIN)/krul serve --model-path $(MODEL) $(ARGS)

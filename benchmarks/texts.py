@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from krul_sglang.quality.measure import is_held_out
 
@@ -47,7 +48,7 @@ PHRASES = (
 
 def collect(out: Path, prose: Path | None, per_source: int, number: int) -> None:
     """Held-out conversations: people chatting, prose, program text; over 5,000 chars each."""
-    rows = list(islice(_chats(), CHATS[number], CHATS[number] + per_source))
+    rows = list(islice(chats(), CHATS[number], CHATS[number] + per_source))
     for name in list(_modules(number))[:per_source]:
         rows.append(_read_this(f"code/{name}", inspect.getsource(importlib.import_module(name))))
     passages = []
@@ -58,7 +59,8 @@ def collect(out: Path, prose: Path | None, per_source: int, number: int) -> None
     _write(out, rows + passages[:per_source])
 
 
-def _chats() -> Iterator[dict[str, object]]:
+def chats() -> Iterator[dict[str, Any]]:
+    """Held-out chats of over 5000 chars, in the order of their ids."""
     import chitchat_dataset  # PyPI, MIT
 
     for identity, chat in sorted(chitchat_dataset.Dataset().items()):

@@ -24,7 +24,6 @@ POLICIES = ("predictive", "paper", "fixed", "lossless")
 PLANNED = {
     "dir": "the disk tier is not in this release",
     "disk": "the disk tier is not in this release",
-    "recompute": {"auto": "the restore planner is not in this release"},
 }
 
 
@@ -183,11 +182,12 @@ class KrulConfig:
     )
     disk: int | None = _setting(None, parse_size, "SIZE", "Byte budget of the disk tier.")
     recompute: str = _setting(
-        "never",
+        "auto",
         parse_recompute,
         "{auto,never,FRACTION}",
-        "How much of a stored history is recomputed instead of loaded: `never`, a fixed "
-        "fraction of its tokens (taken from the end), or `auto`, which balances both.",
+        "How much of a stored history is recomputed instead of loaded: `auto` weighs both by "
+        "what they have cost on this server, `never` loads all of it, a fraction recomputes "
+        "that share of its tokens (from the end).",
     )
     profile: Path | None = _setting(
         None,
@@ -219,9 +219,11 @@ class KrulConfig:
                 )
 
     @property
-    def recompute_fraction(self) -> float:
-        """Share of a stored history to recompute, 0 for ``never``."""
-        return 0.0 if self.recompute in ("never", "auto") else float(self.recompute)
+    def recompute_fraction(self) -> float | None:
+        """Share of a stored history to recompute; None leaves it to the planner."""
+        if self.recompute == "auto":
+            return None
+        return 0.0 if self.recompute == "never" else float(self.recompute)
 
     @property
     def lossless(self) -> bool:
@@ -324,7 +326,7 @@ def settings() -> Iterator[Setting]:
 def _accepted_today(name: str) -> str:
     if name == "policy":
         return ", ".join(POLICIES)
-    return "never, FRACTION"
+    return "auto, never, FRACTION"
 
 
 def flags_table() -> str:

@@ -94,6 +94,11 @@ class SegmentReader(ABC):
         both in the spec's dtype. Raises :class:`CodecError` on damage.
         """
 
+    @abstractmethod
+    def layer_bytes(self) -> list[int]:
+        """Payload bytes that each layer needs beyond those of the layers below it; they add up
+        to the payload, its header counting for layer 0."""
+
     def layers_of(self, parts: Sequence[Part]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """As :meth:`layers`, for the tokens of all ``parts`` side by side.
 

@@ -147,3 +147,15 @@ def open_frame(decompressor: zstandard.ZstdDecompressor, frame: memoryview, size
         return decompressor.decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CodecError(f"damaged frame: {error}") from error
+
+
+def by_layer(
+    layers: int, payload: int, groups: Sequence[tuple[int, int]], sizes: Sequence[int]
+) -> list[int]:
+    """Bytes each layer needs beyond those below it: a group's at its first layer, and what of
+    the ``payload`` bytes is in no group at layer 0."""
+    out = [0] * layers
+    for (first, _), size in zip(groups, sizes, strict=True):
+        out[first] += size
+    out[0] += payload - sum(out)
+    return out

@@ -22,7 +22,7 @@ import torch
 import zstandard
 
 from krul_sglang.codec.base import Codec, CodecError, KVRun, KVSpec, SegmentReader
-from krul_sglang.codec.frames import open_frame, pack_payload, unpack_payload
+from krul_sglang.codec.frames import by_layer, open_frame, pack_payload, unpack_payload
 
 if TYPE_CHECKING:
     from krul_sglang.strategy.base import Strategy
@@ -128,6 +128,7 @@ class _LosslessReader(SegmentReader):
         self.tokens: int = header["tokens"]
         self.start: int = header["start"]
         self._checks: list[int] = header["checks"]
+        self._payload_bytes = len(payload)
         self._widths = _widths(spec)
         self._groups = _groups(spec.layers, self.tokens * sum(self._widths))
         if len(self._frames) != 2 * len(self._groups) or len(self._checks) != len(self._groups):
@@ -137,6 +138,11 @@ class _LosslessReader(SegmentReader):
         for (a, b), raw in zip(self._groups, self._frames[1::2], strict=True):
             if len(raw) != (b - a) * self.tokens * sum(self._widths) * (spec.itemsize - 1):
                 raise CodecError("a raw plane's length differs from what the shape implies")
+
+    def layer_bytes(self) -> list[int]:
+        """See :class:`SegmentReader`."""
+        sizes = [len(a) + len(b) for a, b in zip(*[iter(self._frames)] * 2, strict=True)]
+        return by_layer(self._spec.layers, self._payload_bytes, self._groups, sizes)
 
     def layers(self, lo: int, hi: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Layers in order; see :class:`SegmentReader`."""

@@ -236,6 +236,21 @@ class _PairMergeReader(SegmentReader):
         self._merged = _open(parts.merged, frames[1], self._rest, 0)
         self._outliers = _open(parts.outliers, frames[2], self._kept, 0)
         self._frames = frames[3:]
+        self._payload_bytes = len(payload)
+
+    def layer_bytes(self) -> list[int]:
+        """See :class:`SegmentReader`: what a pair shares counts for its lower layer."""
+        readers = (self._plain, self._merged, self._outliers)
+        plain, merged, outliers = (iter(r.layer_bytes() if r else ()) for r in readers)
+        frames, uppers = map(len, self._frames), dict(self._pairs)
+        out = []
+        for layer in range(self._spec.layers):
+            if layer in uppers:
+                out.append(next(frames) + next(merged) + next(outliers))
+            else:
+                out.append(next(outliers if layer in uppers.values() else plain))
+        out[0] += self._payload_bytes - sum(out)
+        return out
 
     def layers(self, lo: int, hi: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Layers in order; see :class:`SegmentReader`."""

@@ -11,7 +11,7 @@ import torch
 import zstandard
 
 from krul_sglang.codec.base import CodecError, Part, SegmentReader
-from krul_sglang.codec.frames import open_frame, unpack_payload
+from krul_sglang.codec.frames import by_layer, open_frame, unpack_payload
 from krul_sglang.codec.layout import (
     EXPANSION,
     FACTORS,
@@ -76,6 +76,7 @@ class PredictiveReader(SegmentReader):
         self._skip = min(self.tokens, max(0, SINKS - self.start))
         self._coded = self.tokens - self._skip
         self._groups = groups_of(spec.layers, self._coded * spec.layer_scalars)
+        self._payload_bytes = len(payload)
         self._frames, self._sizes = frames[1:], header["sizes"]
         if len(self._frames) != len(self._groups) or len(self._sizes) != len(self._groups):
             raise CodecError("number of frames differs from what the shape implies")
@@ -92,6 +93,11 @@ class PredictiveReader(SegmentReader):
             raise CodecError("sink tokens where there are none")
         else:
             self.batch_key = (step, self._shared)
+
+    def layer_bytes(self) -> list[int]:
+        """See :class:`SegmentReader`."""
+        sizes = [len(frame) for frame in self._frames]
+        return by_layer(self._spec.layers, self._payload_bytes, self._groups, sizes)
 
     def layers(self, lo: int, hi: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Layers in order; see :class:`SegmentReader`."""

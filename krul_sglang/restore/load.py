@@ -1,34 +1,28 @@
-"""Load stored tokens layer by layer into a sink.
+"""Load stored tokens layer by layer into a sink: what is opened, and what is read together.
 
-Several segments are decoded at once (the decompressors release the GIL); each
-writes to its own tokens, so their order does not matter. Short neighbours that their
-codec can join are decoded as one.
+Short neighbours that their codec can join are decoded as one; the
+:class:`~krul_sglang.restore.pipeline.Pipeline` carries the rest side by side.
 """
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from krul_sglang.codec.base import CodecError, Part
-from krul_sglang.store.slots import SlotRun
+from krul_sglang.restore.pipeline import Load, Piece, Pipeline, Sink, Stream
 
 if TYPE_CHECKING:
-    import torch
-
     from krul_sglang.store.memory import MemoryStore
-
-logger = logging.getLogger(__name__)
+    from krul_sglang.store.slots import SlotRun
 
 # As long as the longest segment: enough for the arithmetic, and threads share what is left.
 BATCH_TOKENS = 1024
 
-# Called as sink(layer, first, k, v): write tokens [first, first + len(k)) of a layer.
-Sink = Callable[[int, int, "torch.Tensor", "torch.Tensor"], None]
+
+RAW = "raw"
+"""Stands for the codec of a segment that is not encoded yet."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +39,34 @@ class LoadOutcome:
         return not self.lost
 
 
-class _Part(NamedTuple):
-    """Tokens of a segment, where in the sink they go, and their share of its bytes."""
+@dataclass(frozen=True)
+class Opened:
+    """Runs of slots whose segments were opened; ``lost`` names those that could not be."""
 
-    segment: int
-    offset: int
-    stored_bytes: int
-    part: Part
+    tokens: int
+    pieces: Sequence[Piece]
+    lost: tuple[int, ...]
+
+    def bytes_of_layers(self, layers: int) -> list[int]:
+        """Stored bytes that each layer needs beyond those below it."""
+        total = [0] * layers
+        for piece in self.pieces:
+            total = [a + b for a, b in zip(total, _layer_bytes(piece), strict=True)]
+        return total
 
 
-def _batches(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
-    """Parts that are decoded in one go: neighbours in the sink that their codec can join."""
-    batch: list[_Part] = []
+def _layer_bytes(piece: Piece) -> list[int]:
+    """The piece's share of its segment's bytes, by layer."""
+    reader, lo, hi = piece.part
+    whole = max(1, reader.tokens)
+    return [nbytes * (hi - lo) // whole for nbytes in reader.layer_bytes()]
+
+
+def _batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Pieces that are decoded in one go: neighbours in the sink that their codec can join."""
+    batch: list[Piece] = []
     end = tokens = 0
-    for one in parts:
+    for one in pieces:
         key, size = one.part.reader.batch_key, one.part.hi - one.part.lo
         joins = (
             batch
@@ -83,65 +91,52 @@ class Loader:
 
     def __init__(self, store: MemoryStore, threads: int, bandwidth: float | None = None) -> None:
         self._store = store
-        self._bandwidth = bandwidth
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="krul-load")
+        self.threads = threads
+        self.bandwidth = bandwidth
+        self._pipeline = Pipeline(store.spec.layers, threads, bandwidth)
 
-    def load(self, runs: Sequence[SlotRun], sink: Sink) -> LoadOutcome:
-        """Write all tokens of ``runs``, in order from token 0 of the sink. Never raises for
-        bad bytes: the segments that failed are reported, and the sink's tokens are then
-        undefined. Tokens may be written twice."""
-        began = time.perf_counter()
-        parts: list[_Part] = []
-        lost: dict[int, int] = {}  # the segment, by where in the sink it fails
-        total = nbytes = 0
+    def open(self, runs: Sequence[SlotRun]) -> Opened:
+        """Open the segments of ``runs``: headers and sizes are checked, nothing is read."""
+        pieces: list[Piece] = []
+        lost: list[int] = []
+        total = 0
         for run in runs:
             try:
-                parts.append(self._open(run, total))
-                nbytes += parts[-1].stored_bytes
+                segment = self._store.get(run.segment)
+                if segment is None:
+                    raise CodecError(f"segment {run.segment} is gone")
+                reader = self._store.open(segment)
+                codec = segment.codec or RAW
+                pieces.append(Piece(run.segment, total, Part(reader, run.lo, run.hi), codec))
             except CodecError:
-                lost[total] = run.segment
+                lost.append(run.segment)
             total += run.tokens
-        jobs = [self._pool.submit(self._read, batch, sink) for batch in _batches(parts)]
-        for job in jobs:
-            lost |= {part.offset: part.segment for part in job.result()}
-        if self._bandwidth is not None and not lost:
-            owed = nbytes / self._bandwidth - (time.perf_counter() - began)
-            if owed > 0:
-                time.sleep(owed)
-        failed = dict.fromkeys(lost[offset] for offset in sorted(lost))
-        return LoadOutcome(total, nbytes, tuple(failed))
+        return Opened(total, pieces, tuple(dict.fromkeys(lost)))
 
-    def _open(self, run: SlotRun, offset: int) -> _Part:
-        segment = self._store.get(run.segment)
-        if segment is None:
-            raise CodecError(f"segment {run.segment} is gone")
-        reader = self._store.open(segment)
-        whole = segment.stored_bytes or segment.raw_bytes
-        nbytes = round(whole * run.tokens / segment.tokens)
-        return _Part(run.segment, offset, nbytes, Part(reader, run.lo, run.hi))
+    def start(self, opened: Opened, sink: Sink, urgent: bool = True) -> Load:
+        """Begin to write all tokens of ``opened``, in order from token 0 of the sink.
 
-    def _read(self, parts: Sequence[_Part], sink: Sink) -> Sequence[_Part]:
-        """Read parts that follow each other; returns those that failed."""
-        try:
-            layers = parts[0].part.reader.layers_of([one.part for one in parts])
-            count = 0
-            for layer, (k, v) in enumerate(layers):
-                sink(layer, parts[0].offset, k, v)
-                count += 1
-            if count != self._store.spec.layers:
-                raise CodecError(f"segment {parts[0].segment} holds {count} layers")
-        except CodecError:
-            return parts if len(parts) == 1 else self._each(parts, sink)
-        except Exception:
-            # Not a bad byte but a bug or no memory. It must not leave this loop: the
-            # other jobs still write into rows that the caller would free.
-            logger.exception("segments %s could not be loaded", [one.segment for one in parts])
-            return parts if len(parts) == 1 else self._each(parts, sink)
-        return ()
+        Never raises for bad bytes: the segments that failed are in ``Load.failed``, and the
+        sink's tokens are then undefined. The sink is called from several threads.
+        """
+        load = self._pipeline.new_load(opened.tokens, sink, urgent)
+        streams = []
+        for batch in _batches(opened.pieces):
+            layers = zip(*map(_layer_bytes, batch), strict=True)
+            streams.append(Stream(load, batch, [sum(layer) for layer in layers]))
+        self._pipeline.submit(load, streams)
+        return load
 
-    def _each(self, parts: Sequence[_Part], sink: Sink) -> list[_Part]:
-        return [one for one in parts if self._read([one], sink)]
+    def load(self, runs: Sequence[SlotRun], sink: Sink) -> LoadOutcome:
+        """Open ``runs``, write all their tokens and wait for it. A segment that cannot be
+        opened leaves the others unread."""
+        opened = self.open(runs)
+        if opened.lost:
+            return LoadOutcome(opened.tokens, 0, opened.lost)
+        load = self.start(opened, sink)
+        load.wait()
+        return LoadOutcome(opened.tokens, load.stored_bytes, tuple(dict.fromkeys(load.failed)))
 
     def close(self) -> None:
-        """Stop the threads; loads under way finish first."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Stop the threads; loads under way are cancelled."""
+        self._pipeline.close()

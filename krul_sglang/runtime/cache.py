@@ -30,11 +30,13 @@ from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from krul_sglang.config import KrulConfig
-from krul_sglang.restore.load import Loader
+from krul_sglang.restore.load import Loader, Opened
+from krul_sglang.restore.planner import Planner
 from krul_sglang.runtime import backup, marks, selection
 from krul_sglang.runtime.exact import LOSSY_TOKENS, MISSED, RECOMPUTED, demands_exact
 from krul_sglang.runtime.marks import full_data
 from krul_sglang.runtime.pool import PoolView
+from krul_sglang.runtime.restoring import LIMIT, PLAN, Restores
 from krul_sglang.runtime.state import Counters, Metrics
 from krul_sglang.runtime.taps import Taps
 from krul_sglang.store.memory import MemoryStore
@@ -53,6 +55,7 @@ class Krul:
     pool: PoolView
     store: MemoryStore
     loader: Loader
+    planner: Planner
     selector: Selector | None
     """Chooses how what only one conversation can reach is stored; None stores it exactly."""
     turn_ends: frozenset[int]
@@ -66,9 +69,12 @@ class Krul:
 class KrulRadixCache(UnifiedRadixCache):
     """The ``krul`` radix cache backend. Scheduler thread only, like its base."""
 
-    def __init__(self, params: Any, krul: Krul) -> None:
+    def __init__(self, params: Any, krul: Krul, overlapped: bool = False) -> None:
+        """overlapped: whether the scheduler's hooks (:mod:`.stepping`) are in place, so that
+        loads may go on while the forward pass runs."""
         self.krul = krul
         self.inserting_exact = False
+        self.restores = Restores(self, overlapped)
         super().__init__(params)
         self.tree_core.set_hicache_enabled()
         self.tree_core.is_write_back = True
@@ -78,17 +84,20 @@ class KrulRadixCache(UnifiedRadixCache):
 
     def reset(self) -> None:
         """Flush: the tree and every stored segment."""
+        self.restores.abandon()
         super().reset()
         self.krul.store.clear()
-        self._publish()
+        self.publish()
 
     def release_host_resources(self) -> None:
         """Shut down: stop the threads, free host memory."""
+        self.restores.abandon()
         super().release_host_resources()
         self.krul.loader.close()
         self.krul.store.close()
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Bring the metrics up to date."""
         if self.krul.metrics is not None:
             self.krul.metrics.publish(self)
 
@@ -150,10 +159,9 @@ class KrulRadixCache(UnifiedRadixCache):
     def _usable_length(self, req: Any, result: MatchResult) -> int:
         """How many matched tokens this request may be served from, in whole pages."""
         device = result.device_prefix_len
-        usable = matched = device + result.host_hit_length
-        fraction = self.krul.config.recompute_fraction
-        if fraction and result.host_hit_length:
-            usable = device + int(result.host_hit_length * (1 - fraction))
+        matched = device + result.host_hit_length
+        usable = self._planned_length(req, result)
+        limit = getattr(req, LIMIT, matched)
         exact, missed = self.krul.selector is not None and demands_exact(req), False
         if exact or self.krul.store.lost_count:
             end, planned = matched, usable
@@ -165,9 +173,23 @@ class KrulRadixCache(UnifiedRadixCache):
                     usable = min(usable, begin)
                 end = begin
             missed = usable < planned
+        if limit < usable:
+            usable, missed = limit, True
         if req is not None:
             setattr(req, MISSED, missed)
         return usable // self.page_size * self.page_size
+
+    def _planned_length(self, req: Any, result: MatchResult) -> int:
+        """How much of the match is worth taking, the rest being computed sooner."""
+        device, stored = result.device_prefix_len, result.host_hit_length
+        fraction = self.krul.config.recompute_fraction
+        if fraction is not None:
+            return device + int(stored * (1 - fraction))
+        if req is None or not stored:
+            return device + stored
+        nodes = [node for node in self.path(result.best_match_node) if node.evicted]
+        ids = torch.cat([full_data(node).host_value for node in reversed(nodes)])
+        return self.restores.plan(req, device, ids, len(req.full_untruncated_fill_ids))
 
     def _note_match(self, req: Any, result: MatchResult, matched: int) -> None:
         served = result.device_prefix_len + result.host_hit_length
@@ -188,6 +210,7 @@ class KrulRadixCache(UnifiedRadixCache):
             setattr(req, RECOMPUTED, 0)
             self.krul.counters.recomputed_tokens += recomputed
             self.krul.counters.misses += getattr(req, MISSED, False)
+        req.__dict__.pop(PLAN, None)
         if self.krul.selector is None:
             super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
             return
@@ -248,10 +271,11 @@ class KrulRadixCache(UnifiedRadixCache):
     # ---- evicting --------------------------------------------------------------
 
     def _evict(self, params: EvictParams, *args: Any, **kwargs: Any) -> EvictResult:
+        self.restores.guard()
         began = time.perf_counter()
         result = super()._evict(params, *args, **kwargs)
         self.krul.counters.evict_seconds += time.perf_counter() - began
-        self._publish()
+        self.publish()
         return result
 
     def _execute_and_commit_kv_backup(self, action: Any, write_back: bool = False) -> int:
@@ -307,15 +331,18 @@ class KrulRadixCache(UnifiedRadixCache):
         finally:
             self.dec_lock_ref(node_id, device_lock.to_dec_params())
             self.dec_host_lock_ref(node_id, host_lock)
-            self._publish()
+            self.publish()
 
     def _load_back_locked(
         self, node_id: int, mem_quota: int | None, req: Any, locked_tokens: int
     ) -> bool:
-        began = time.perf_counter()
         transfer, _ = self.tree_core.build_load_back_spec(node_id, req=req)
         tokens = transfer.host_indices.numel()
         if tokens == 0 or (mem_quota is not None and tokens + locked_tokens > mem_quota):
+            return False
+        opened = self.krul.loader.open(slot_runs(transfer.host_indices))
+        if not self._can_open(opened, transfer.host_indices):
+            self._miss(node_id, req, tokens)
             return False
         allocator = self.token_to_kv_pool_allocator
         shortfall = tokens - allocator.available_size()
@@ -324,44 +351,43 @@ class KrulRadixCache(UnifiedRadixCache):
         rows = allocator.alloc(tokens)
         if rows is None:
             return False
-        if not self._load_rows(transfer.host_indices, rows):
+        rows = rows.to(torch.int64)
+        self.restores.begin(opened, transfer, rows, req)
+        if not self.restores.overlapped and self.restores.settle():
             allocator.free(rows)
-            self._forget_lost(node_id)
-            if req is not None:
-                self._note_failed_load(req, tokens)
+            self._miss(node_id, req, tokens)
             return False
         for loaded in transfer.nodes_to_load:
             marks.mark_loaded(self.tree_core.node_by_id(loaded))
-        self._apply_cache_actions(
-            self.tree_core.commit_load_back(node_id, rows.to(torch.int64), transfer, {})
-        )
+        self._apply_cache_actions(self.tree_core.commit_load_back(node_id, rows, transfer, {}))
         self.tree_core.finish_load_back(node_id)
-        counters = self.krul.counters
-        counters.restored_tokens += tokens
-        counters.restores += 1
-        counters.restore_seconds += time.perf_counter() - began
         return True
 
-    def _load_rows(self, ids: torch.Tensor, rows: torch.Tensor) -> bool:
-        """Fill pool rows from the store; the same answer on every rank. What any rank
-        could not read is lost on all of them."""
+    def _can_open(self, opened: Opened, ids: torch.Tensor) -> bool:
+        """Whether every rank could open all of its segments; what one could not is lost."""
         runs = slot_runs(ids)
-        outcome = self.krul.loader.load(runs, self.krul.pool.writer(rows))
-        lost = self.agree([int(run.segment in outcome.lost) for run in runs])
+        lost = self.agree([int(run.segment in opened.lost) for run in runs])
         for run, is_lost in zip(runs, lost, strict=True):
             if is_lost:
-                logger.warning("krul: segment %d is damaged; recomputing it", run.segment)
-                self.krul.store.mark_lost(run.segment)
+                self.lose(run.segment)
         return not any(lost)
 
-    def _forget_lost(self, node_id: int) -> None:
-        # A node above, still on the device, may share the segment since a split: evicted
-        # with that copy it would be thrown away, so let it be stored anew.
+    def lose(self, segment_id: int) -> None:
+        """A segment is damaged: its tokens will be computed anew."""
+        logger.warning("krul: segment %d is damaged; recomputing it", segment_id)
+        self.krul.store.mark_lost(segment_id)
+
+    def forget_lost(self, node_id: int) -> None:
+        """Let device-resident nodes of a path whose stored copy is lost be stored anew."""
+        # A node above may share the segment since a split: evicted with that copy it would
+        # be thrown away.
         for node in self.path(node_id):
             if not node.evicted and self._has_lost(node):
                 self.forget_stored(node)
 
-    def _note_failed_load(self, req: Any, tokens: int) -> None:
-        setattr(req, RECOMPUTED, getattr(req, RECOMPUTED, 0) + tokens)
-        setattr(req, MISSED, True)
-        self._note_lossy(req, req.last_node)
+    def _miss(self, node_id: int, req: Any, tokens: int) -> None:
+        self.forget_lost(node_id)
+        if req is not None:
+            setattr(req, RECOMPUTED, getattr(req, RECOMPUTED, 0) + tokens)
+            setattr(req, MISSED, True)
+            self._note_lossy(req, req.last_node)

@@ -5,13 +5,20 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from krul_sglang.config import KrulConfig
 from krul_sglang.strategy.base import Selector
 from krul_sglang.strategy.budget import BudgetSelector
 from krul_sglang.strategy.fixed import FixedSelector
 from krul_sglang.strategy.paper import PaperSelector
+
+if TYPE_CHECKING:
+    from krul_sglang.codec.base import Codec
+    from krul_sglang.restore.planner import Planner
+    from krul_sglang.runtime.pool import PoolView
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +43,7 @@ def create(ctx: Any) -> Any:
     ctx.params.component_registry_override = {ComponentType.FULL: KrulFullComponent}
     ctx.params.tree_core_backend = "python"
     cache = create_unified_radix_cache(
-        ctx, cache_class=functools.partial(KrulRadixCache, krul=krul)
+        ctx, cache_class=functools.partial(KrulRadixCache, krul=krul, overlapped=True)
     )
     logger.info(
         "Krul: policy %s, %.2f GB host memory on this rank, %.1f KB of KV a token",
@@ -103,11 +110,43 @@ def build(config: KrulConfig, ctx: Any) -> Any:
         pool=pool,
         store=store,
         loader=Loader(store, threads, config.link_bandwidth),
+        planner=planner_of(config, ctx, pool, codec_for(EXACT.codec), threads),
         selector=selector_of(config, pool.spec.layers),
         turn_ends=frozenset(ctx.model_config.hf_eos_token_id or ()),
         counters=Counters(),
         metrics=metrics,
         taps=sampled,
+    )
+
+
+def planner_of(config: KrulConfig, ctx: Any, pool: PoolView, exact: Codec, threads: int) -> Planner:
+    """The rank's planner, with first values measured now."""
+    from sglang.srt.runtime_context import get_parallel
+
+    from krul_sglang.restore import probe
+    from krul_sglang.restore.planner import Planner
+
+    ranks = max(1, get_parallel().tp_size)
+    model, text = ctx.model_config, ctx.model_config.hf_text_config
+    heads, hidden = max(1, model.num_attention_heads // ranks), model.hidden_size
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    attention = 2 * hidden * heads * model.head_dim + hidden * pool.spec.layer_scalars
+    shape = probe.ModelShape(
+        layers=pool.spec.layers,
+        hidden=hidden,
+        weights=pool.spec.layers * (attention + 3 * hidden * inner // ranks),
+        heads=heads,
+        head_dim=model.head_dim,
+    )
+    on_cpu = pool.device.type == "cpu"
+    chunk = ctx.server_args.chunked_prefill_size
+    return Planner(
+        layers=pool.spec.layers,
+        compute=probe.compute_cost(shape, getattr(torch, pool.spec.dtype), pool.device),
+        load=probe.load_cost(pool.spec, {exact.name: exact}, threads, config.link_bandwidth),
+        cores=max(1, len(os.sched_getaffinity(0)) // ranks) if on_cpu else None,
+        chunk=chunk if chunk is not None and chunk > 0 else None,
+        page=ctx.params.page_size,
     )
 
 

@@ -11,7 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from krul_sglang.config import KrulConfigError
-from krul_sglang.runtime import BACKEND, args, cpu_attention, factory, profiles, state, taps
+from krul_sglang.runtime import (
+    BACKEND,
+    args,
+    cpu_attention,
+    factory,
+    profiles,
+    state,
+    stepping,
+    taps,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,17 @@ HOOKS = (
         "sglang.srt.model_executor.model_runner.ModelRunner.init_attention_backends",
         taps.install,
         "AFTER",
+    ),
+    Hook("sglang.srt.managers.scheduler.Scheduler.run_batch", stepping.run_batch, "AROUND"),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.process_batch_result",
+        stepping.after_result,
+        "AFTER",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run",
+        stepping.before_next_batch,
+        "BEFORE",
     ),
     Hook(
         "sglang.srt.managers.scheduler_components.internal_state."

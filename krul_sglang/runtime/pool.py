@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,6 +25,7 @@ class PoolView:
                 f"--enable-krul: this model's KV pool is {type(kvcache).__name__}; only plain "
                 "multi-head KV (MHATokenToKVPool) is supported"
             )
+        self._kvcache = kvcache
         self.k = list(kvcache.k_buffer)
         self.v = list(kvcache.v_buffer)
         dtype = str(self.k[0].dtype).removeprefix("torch.")
@@ -34,6 +36,7 @@ class PoolView:
             )
         self.device = self.k[0].device
         self._forward_stream = forward_stream if self.device.type == "cuda" else None
+        self._streams = threading.local()
         self.spec = KVSpec(
             layers=len(self.k),
             kv_heads=self.k[0].shape[1],
@@ -65,13 +68,37 @@ class PoolView:
                 torch.cuda.current_stream().synchronize()
         return KVRun(k=k, v=v, start=start)
 
-    def writer(self, rows: torch.Tensor):
-        """A sink (see :mod:`krul_sglang.restore.load`) that writes into pool rows."""
+    def register_layer_counter(self, counter: Any) -> None:
+        """``counter.wait_until(layer)`` is called before anyone's forward reads a layer."""
+        self._kvcache.register_layer_transfer_counter(counter)
 
-        def write(layer: int, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    def writer(self, rows: torch.Tensor):
+        """A sink (see :mod:`krul_sglang.restore.pipeline`) that writes into pool rows.
+
+        On a GPU each thread writes on a stream of its own, behind whatever the forward
+        stream was given so far (the rows' last reader), and returns an event.
+        """
+        fence = None
+        if self._forward_stream is not None:
+            fence = self._forward_stream.record_event()
+
+        def write(layer: int, first: int, k: torch.Tensor, v: torch.Tensor) -> Any:
             target = rows[first : first + k.shape[0]]
-            with self.in_forward_order():
+            if fence is None:
                 scatter_rows(self.k[layer], target, k)
                 scatter_rows(self.v[layer], target, v)
+                return None
+            stream = self._load_stream()
+            with torch.cuda.stream(stream):
+                stream.wait_event(fence)
+                scatter_rows(self.k[layer], target, k)
+                scatter_rows(self.v[layer], target, v)
+                return stream.record_event()
 
         return write
+
+    def _load_stream(self) -> torch.cuda.Stream:
+        """The calling thread's own stream."""
+        if not hasattr(self._streams, "load"):
+            self._streams.load = torch.cuda.Stream(self.device)
+        return self._streams.load

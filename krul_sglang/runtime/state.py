@@ -45,12 +45,47 @@ def block(cache: Any) -> dict[str, Any]:
         "restore_seconds": round(counters.restore_seconds, 6),
         "evict_seconds": round(counters.evict_seconds, 6),
         "encode_seconds": round(stats.encode_seconds, 6),
+        "restore": restoring(cache),
         "misses": counters.misses,
         "measured_requests": counters.measured_requests,
         "fallbacks": stats.fallbacks,
         "lost_segments": stats.lost_segments,
         "memory": memory,
         "tiers": {"memory": {"bytes": memory["tier"], "limit": memory["limit"]}},
+    }
+
+
+def restoring(cache: Any) -> dict[str, Any]:
+    """Totals over all restores, seconds, and what the planner believes now."""
+    totals, planner = cache.restores.totals, cache.krul.planner
+    return {
+        "passes": totals.passes,
+        "makespan_seconds": round(totals.makespan, 6),
+        "wait_seconds": round(totals.wait, 6),
+        "fetch_seconds": round(totals.fetch, 6),
+        "decode_seconds": round(totals.decode, 6),
+        "bubble_seconds": {
+            "load": round(totals.load_bubble, 6),
+            "compute": round(totals.compute_bubble, 6),
+        },
+        "failed": totals.failed,
+        "late": totals.late,
+        "requeued": totals.requeued,
+        "cost": {
+            "link_bytes_per_second": {
+                tier: round(1 / rate.seconds) for tier, rate in planner.load.links.items()
+            },
+            "decode_tokens_per_second": {
+                codec: round(1 / rate.seconds)
+                for codec, rate in planner.load.codecs.items()
+                if rate.seconds
+            },
+            "compute_seconds": {
+                "fixed": planner.compute.fixed,
+                "token": planner.compute.token,
+                "pair": planner.compute.pair,
+            },
+        },
     }
 
 

@@ -85,6 +85,11 @@ class RawReader(SegmentReader):
         for layer in range(self._run.k.shape[0]):
             yield self._run.k[layer, lo:hi], self._run.v[layer, lo:hi]
 
+    def layer_bytes(self) -> list[int]:
+        """See :class:`SegmentReader`."""
+        layers = self._run.k.shape[0]
+        return [self._run.nbytes // layers] * layers
+
 
 class MemoryStore:
     """Segments by id, their bytes, and the workers that seal them. Thread-safe."""

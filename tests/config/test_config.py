@@ -79,7 +79,7 @@ REFUSED = {
     "dir": (" ", "a path"),
     "disk": ("none", "a size such as 4GB, 512MiB or a number of bytes"),
     "attention": ("maybe", "on or off"),
-    "recompute": ("1.5", "one of never, FRACTION, from 0 to 1 such as 0.25"),
+    "recompute": ("1.5", "one of auto, never, FRACTION, from 0 to 1 such as 0.25"),
     "profile": ("", "a path"),
     "link_bandwidth": ("fast", "a rate such as 16MB/s or 2GB/s"),
 }
@@ -165,7 +165,7 @@ CONFIGS = st.builds(
     enabled=st.booleans(),
     policy=st.sampled_from(["predictive", "fixed", "lossless"]),
     host_memory=st.integers(1, 10**15),
-    recompute=st.one_of(st.just("never"), st.floats(0, 1).map(str)),
+    recompute=st.one_of(st.sampled_from(["auto", "never"]), st.floats(0, 1).map(str)),
     link_bandwidth=st.one_of(st.none(), st.integers(1, 10**13).map(float)),
 )
 
@@ -185,9 +185,9 @@ def test_defaults_need_no_environment() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recompute", "fraction"), [("never", 0.0), ("0", 0.0), ("0.25", 0.25), ("1", 1.0)]
+    ("recompute", "fraction"), [("auto", None), ("never", 0.0), ("0", 0.0), ("0.25", 0.25), ("1", 1.0)]
 )
-def test_recompute_fraction(recompute: str, fraction: float) -> None:
+def test_recompute_fraction(recompute: str, fraction: float | None) -> None:
     assert KrulConfig(recompute=recompute).recompute_fraction == fraction
 
 

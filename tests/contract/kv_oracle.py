@@ -43,6 +43,9 @@ class _RoundingReader(SegmentReader):
     def __init__(self, inner: SegmentReader) -> None:
         self._inner, self.tokens, self.start = inner, inner.tokens, inner.start
 
+    def layer_bytes(self) -> list[int]:
+        return self._inner.layer_bytes()
+
     def layers(self, lo: int, hi: int):
         for k, v in self._inner.layers(lo, hi):
             yield rounded(k.float()), rounded(v.float())

@@ -26,7 +26,9 @@ from sglang.srt.server_args import ServerArgs, set_global_server_args_for_schedu
 
 from krul_sglang.codec.lossless import LosslessCodec
 from krul_sglang.config import KrulConfig
+from krul_sglang.restore.cost import ComputeCost, LoadCost
 from krul_sglang.restore.load import Loader
+from krul_sglang.restore.planner import Planner
 from krul_sglang.runtime import marks
 from krul_sglang.runtime.cache import Krul, KrulRadixCache
 from krul_sglang.runtime.component import KrulFullComponent
@@ -56,6 +58,7 @@ def build_krul(
         pool=pool,
         store=store,
         loader=Loader(store, 2),
+        planner=Planner(pool.spec.layers, ComputeCost(1e-3, 1e-3, 1e-7), LoadCost(2)),
         selector=None if lossy is None else Always(lossy),
         turn_ends=frozenset(turn_ends),
         counters=Counters(),

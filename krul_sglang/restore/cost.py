@@ -1,0 +1,129 @@
+"""What loading and computing cost on this machine, learnt from what the server measures.
+
+Nothing here is a constant of some machine: the first values are measured at launch
+(:mod:`krul_sglang.restore.probe`), and every restore and prefill corrects them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+WEIGHT = 0.4
+"""How much of an estimate a new measurement replaces: after a tenfold change, three of them
+leave 22 % of the error."""
+
+Floats = npt.NDArray[np.float64]
+
+
+def _blend(old: float | None, new: float) -> float:
+    """An estimate brought up to date; in logarithms, as rates are wrong by factors."""
+    if old is None:
+        return new
+    return math.exp((1 - WEIGHT) * math.log(old) + WEIGHT * math.log(new))
+
+
+@dataclass
+class Rate:
+    """Seconds per unit of something, learnt online."""
+
+    seconds: float
+    """Seconds a unit takes; before the first observation, what was measured at launch."""
+    observations: int = 0
+
+    def observe(self, units: float, seconds: float) -> None:
+        """``units`` took ``seconds``; nothing is learnt from nothing."""
+        if units > 0 and seconds > 0:
+            first = self.observations == 0
+            self.seconds = seconds / units if first else _blend(self.seconds, seconds / units)
+            self.observations += 1
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Shape of a forward pass over new tokens.
+
+    tokens: new tokens, of all requests. pairs: query-key pairs, ``sum(new * (before + new / 2))``.
+    """
+
+    tokens: Floats | float
+    pairs: Floats | float
+
+
+@dataclass
+class ComputeCost:
+    """Seconds of a forward pass: a fixed part, one by token and one by query-key pair.
+
+    The three are measured at launch; what they get wrong is learnt as a factor for each
+    bucket of shapes (powers of two of tokens and of keys a token), and where a bucket has
+    never been seen, as the factor of the nearest that has.
+    """
+
+    fixed: float
+    token: float
+    pair: float
+    factors: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    def _base(self, prefill: Prefill) -> Floats:
+        cost = self.fixed + self.token * prefill.tokens + self.pair * prefill.pairs
+        return np.asarray(cost, np.float64)
+
+    def seconds(self, prefill: Prefill) -> Floats:
+        """Expected seconds, 0 for no tokens; arrays give arrays."""
+        tokens = np.asarray(prefill.tokens, np.float64)
+        base = self._base(prefill) * (tokens > 0)
+        if not self.factors:
+            return base
+        known = np.array(list(self.factors), np.float64)
+        values = np.array(list(self.factors.values()))
+        at = np.stack(_bucket(prefill), -1)
+        nearest = np.abs(at[..., None, :] - known).sum(-1).argmin(-1)
+        return base * values[nearest]
+
+    def observe(self, prefill: Prefill, seconds: float) -> None:
+        """A pass of this shape took ``seconds``, waiting not counted."""
+        base = float(self._base(prefill))
+        if base <= 0 or seconds <= 0 or not float(prefill.tokens) > 0:
+            return
+        tokens, keys = (int(axis.round()) for axis in _bucket(prefill))
+        old = self.factors.get((tokens, keys))
+        self.factors[tokens, keys] = _blend(old, seconds / base)
+
+
+def _bucket(prefill: Prefill) -> tuple[Floats, Floats]:
+    """Powers of two of the tokens and of the keys that a token attends."""
+    tokens = np.maximum(np.asarray(prefill.tokens, np.float64), 1)
+    keys = np.maximum(np.asarray(prefill.pairs, np.float64) / tokens, 1)
+    return np.log2(tokens), np.log2(keys)
+
+
+@dataclass
+class LoadCost:
+    """Seconds of loading: a rate for each tier's link and for each codec.
+
+    links: seconds a byte, by tier; a tier that is missing has no link to speak of.
+    codecs: seconds a token that one thread decodes, all layers.
+    threads: how many decode side by side.
+    """
+
+    threads: int
+    links: dict[str, Rate] = field(default_factory=dict)
+    codecs: dict[str, Rate] = field(default_factory=dict)
+
+    def fetch_seconds(self, tier: str, nbytes: float) -> float:
+        """Seconds the tier's link is busy."""
+        return self.links[tier].seconds * nbytes if tier in self.links else 0.0
+
+    def decode_seconds(self, codec: str, tokens: float) -> float:
+        """Seconds of one thread."""
+        rate = self.codecs.get(codec)
+        if rate is None:  # never met: as the slowest known
+            rate = max(self.codecs.values(), key=lambda own: own.seconds, default=Rate(0.0))
+        return rate.seconds * tokens
+
+    def observe_decode(self, codec: str, tokens: float, seconds: float) -> None:
+        """``tokens`` took one thread ``seconds``."""
+        self.codecs.setdefault(codec, Rate(0.0)).observe(tokens, seconds)

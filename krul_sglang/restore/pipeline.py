@@ -1,0 +1,291 @@
+"""The restore pipeline: stored layers on their way to their rows, layer by layer.
+
+Two stages, each a queue: the link brings a stream's bytes, then threads decode them and hand
+the layer to the sink. Both take the lowest layer first, whichever load it belongs to, so that
+a forward pass that waits for layer after layer finds them in its order, for all requests of
+its batch alike. Decompression and copies release the GIL.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from krul_sglang.codec.base import CodecError, Part
+from krul_sglang.restore.trace import LoadTrace
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+# Called as sink(layer, first, k, v): write tokens [first, first + len(k)) of a layer. What it
+# returns (a CUDA event, or None) is kept for whoever reads the layer.
+Sink = Callable[[int, int, "torch.Tensor", "torch.Tensor"], Any]
+
+
+class Piece(NamedTuple):
+    """Tokens of a segment, where in the sink they go, and who decodes them."""
+
+    segment: int
+    offset: int
+    part: Part
+    codec: str
+
+
+class Stream:
+    """Pieces that follow each other and are decoded in one go, a layer at a time."""
+
+    def __init__(self, load: Load, pieces: Sequence[Piece], bytes_of: Sequence[int]) -> None:
+        """bytes_of: stored bytes that each layer needs beyond the layers below it."""
+        self.load = load
+        self.pieces = pieces
+        self.bytes_of = bytes_of
+        self.fetched = 0
+        self.decoded = 0
+        self._layers: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def decode(self, sink: Sink) -> Any:
+        """Write the next layer. Raises :class:`CodecError` on damage, or whatever went wrong."""
+        if self._layers is None:
+            first = self.pieces[0].part.reader
+            self._layers = first.layers_of([piece.part for piece in self.pieces])
+        found = next(self._layers, None)
+        if found is None:
+            segment = self.pieces[0].segment
+            raise CodecError(f"segment {segment} holds {self.decoded} layers")
+        return sink(self.decoded, self.pieces[0].offset, *found)
+
+    def damaged(self) -> list[int]:
+        """Segments of this stream that cannot be read; all of them if each can alone."""
+        segments = [piece.segment for piece in self.pieces]
+        if len(segments) == 1:
+            return segments
+        return [piece.segment for piece in self.pieces if not _is_readable(piece.part)] or segments
+
+
+def _is_readable(part: Part) -> bool:
+    try:
+        for _ in part.reader.layers(part.lo, part.hi):
+            pass
+    except Exception:
+        return False
+    return True
+
+
+class Load:
+    """One path being restored. Everything here may be asked from any thread."""
+
+    def __init__(
+        self, tokens: int, layers: int, sink: Sink, changed: threading.Condition, urgent: bool
+    ) -> None:
+        self.tokens = tokens
+        self.tokens_of: dict[str, int] = {}
+        """Tokens by codec."""
+        self.stored_bytes = 0
+        self.urgent = urgent
+        self.trace = LoadTrace(layers)
+        self.failed: list[int] = []
+        """Segments that could not be read."""
+        self.cancelled = False
+        self._sink = sink
+        self._changed = changed
+        self._layers = layers
+        self._missing = [0] * layers  # streams that have yet to write the layer
+        self._events: list[list[Any]] = [[] for _ in range(layers)]
+        self._reached = 0  # layers that all streams have written
+        self._writing = 0  # threads that are inside the sink
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will be written."""
+        with self._changed:
+            return self._is_over()
+
+    def _is_over(self) -> bool:
+        ended = self._reached == self._layers or self.failed or self.cancelled
+        return bool(ended) and self._writing == 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether every layer has been written."""
+        with self._changed:
+            return self._reached == self._layers and not self.failed and not self.cancelled
+
+    def wait_layer(self, layer: int, timeout: float | None = None) -> bool:
+        """Wait until ``layer`` has been written, or never will be; False after ``timeout`` s."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._reached > layer or bool(self.failed) or self.cancelled, timeout
+            )
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until nothing more will be written; False after ``timeout`` seconds."""
+        with self._changed:
+            return self._changed.wait_for(self._is_over, timeout)
+
+    def events(self, layer: int) -> list[Any]:
+        """What the sink returned for a layer that has been written, without the Nones."""
+        return self._events[layer]
+
+    def cancel(self) -> None:
+        """Nothing is written after this returns."""
+        with self._changed:
+            self.cancelled = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._writing == 0)
+
+
+class Pipeline:
+    """Threads that carry loads. Create, :meth:`submit` loads, :meth:`close`."""
+
+    def __init__(self, layers: int, threads: int, bandwidth: float | None = None) -> None:
+        """bandwidth: bytes a second that the link carries; None for memory itself."""
+        self._layers = layers
+        self._bandwidth = bandwidth
+        self._changed = threading.Condition()
+        self._to_fetch: list[tuple[Any, Stream]] = []
+        self._to_decode: list[tuple[Any, Stream]] = []
+        self._loads: set[Load] = set()  # those that are not over
+        self._order = 0
+        self._closed = False
+        self._threads: list[threading.Thread] = []
+        self._wanted = [(f"krul-load-{n}", self._decode_forever) for n in range(threads)]
+        if bandwidth is not None:
+            self._wanted.append(("krul-load-link", self._fetch_forever))
+
+    def new_load(self, tokens: int, sink: Sink, urgent: bool = True) -> Load:
+        """A load that :meth:`submit` takes. Loads that are not urgent yield to all others."""
+        return Load(tokens, self._layers, sink, self._changed, urgent)
+
+    def submit(self, load: Load, streams: Sequence[Stream]) -> None:
+        """Start a load; with no stream it is complete."""
+        with self._changed:
+            if self._closed:
+                load.cancelled = True
+                return
+            load.trace.begin()
+            load._missing = [len(streams)] * self._layers
+            load.stored_bytes = sum(sum(stream.bytes_of) for stream in streams)
+            for piece in (piece for stream in streams for piece in stream.pieces):
+                size = piece.part.hi - piece.part.lo
+                load.tokens_of[piece.codec] = load.tokens_of.get(piece.codec, 0) + size
+            if not streams:
+                load._reached = self._layers
+                return
+            self._loads.add(load)
+            for stream in streams:
+                self._push(self._to_decode if self._bandwidth is None else self._to_fetch, stream)
+                if self._bandwidth is None:
+                    stream.fetched = self._layers
+            self._start_threads()
+            self._changed.notify_all()
+
+    def _start_threads(self) -> None:
+        while self._wanted:
+            name, run = self._wanted.pop()
+            thread = threading.Thread(target=run, name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _push(self, queue: list[tuple[Any, Stream]], stream: Stream) -> None:
+        self._order += 1
+        layer = stream.fetched if queue is self._to_fetch else stream.decoded
+        heapq.heappush(queue, ((not stream.load.urgent, layer, self._order), stream))
+
+    # ---- the link --------------------------------------------------------------
+
+    def _fetch_forever(self) -> None:
+        free = 0.0  # when the link has carried everything asked of it so far
+        while (stream := self._next(self._to_fetch)) is not None:
+            load, layer = stream.load, stream.fetched
+            began = time.perf_counter()
+            assert self._bandwidth is not None
+            free = max(free, began) + stream.bytes_of[layer] / self._bandwidth
+            with self._changed:
+                self._changed.wait_for(partial(self._is_vain, load), max(0.0, free - began))
+                if self._closed:
+                    return
+                if load.cancelled or load.failed:
+                    free = time.perf_counter()
+                    continue
+                load.trace.fetched(layer, began, time.perf_counter(), stream.bytes_of[layer])
+                stream.fetched += 1
+                if stream.fetched == stream.decoded + 1:
+                    self._push(self._to_decode, stream)
+                if stream.fetched < self._layers:
+                    self._push(self._to_fetch, stream)
+                self._changed.notify_all()
+
+    def _is_vain(self, load: Load) -> bool:
+        return self._closed or load.cancelled or bool(load.failed)
+
+    def _next(self, queue: list[tuple[Any, Stream]]) -> Stream | None:
+        with self._changed:
+            self._changed.wait_for(lambda: queue or self._closed)
+            return None if self._closed else heapq.heappop(queue)[1]
+
+    # ---- decoding --------------------------------------------------------------
+
+    def _decode_forever(self) -> None:
+        while (stream := self._next(self._to_decode)) is not None:
+            load = stream.load
+            with self._changed:
+                if load.cancelled or load.failed:
+                    continue
+                load._writing += 1
+            event, error = None, None
+            began = time.perf_counter()
+            try:
+                event = stream.decode(load._sink)
+            except Exception as failure:
+                error = failure
+            ended = time.perf_counter()
+            bad = [] if error is None else self._why(stream, error)
+            with self._changed:
+                load._writing -= 1
+                if bad:
+                    load.failed += bad
+                else:
+                    self._advance(stream, began, ended, event)
+                if load._is_over():
+                    self._loads.discard(load)
+                self._changed.notify_all()
+            del stream, load
+
+    def _why(self, stream: Stream, error: Exception) -> list[int]:
+        if not isinstance(error, CodecError):
+            # Not a bad byte but a bug or no memory. It must not leave the thread: the load
+            # would never end.
+            segments = [piece.segment for piece in stream.pieces]
+            logger.error("segments %s could not be loaded", segments, exc_info=error)
+        return stream.damaged()
+
+    def _advance(self, stream: Stream, began: float, ended: float, event: Any) -> None:
+        """Under the lock: the stream's next layer is written."""
+        load, layer = stream.load, stream.decoded
+        load.trace.decoded(layer, began, ended, stream.pieces[0].codec)
+        if event is not None:
+            load._events[layer].append(event)
+        load._missing[layer] -= 1
+        while load._reached < self._layers and load._missing[load._reached] == 0:
+            load._reached += 1
+        stream.decoded += 1
+        if stream.decoded < min(stream.fetched, self._layers):
+            self._push(self._to_decode, stream)
+
+    def close(self) -> None:
+        """Stop the threads; loads under way are cancelled."""
+        with self._changed:
+            self._closed = True
+            for load in self._loads:
+                load.cancelled = True
+            self._wanted.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(timeout=10)

@@ -1,0 +1,178 @@
+"""How much of a stored history to load, and how much to compute anew with the new turn.
+
+Tokens ``[device, p)`` are loaded while the forward pass computes ``[p, stored end)`` and the
+new turn. Layer by layer, with ``f`` the link, ``d`` the decoders and ``c`` the pass:
+
+    f_l = f_{l-1} + bytes_l(p) / rate
+    d_l = max(d_{l-1}, f_l) + decode_l(p)
+    c_l = max(c_{l-1}, d_l) + compute_l(p)
+
+and the pass ends at ``c_{L-1}``, plus what chunks after the first take: those find every layer
+loaded. The planner tries ``p`` at every block and takes the earliest end; of ends that do not
+differ, the largest ``p``, which leaves the most compute to others. Where decoders and the pass
+share cores, no plan ends before their work divided by the cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from krul_sglang.restore.cost import ComputeCost, Floats, LoadCost, Prefill
+
+BLOCK = 64
+"""Tokens between two choices of p; more where there would be more than :data:`CHOICES`."""
+CHOICES = 256
+INDIFFERENT = 0.01
+"""Ends that differ by less than this share are the same."""
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """Tokens that are stored as one, in the order of the history."""
+
+    tokens: int
+    nbytes: int
+    codec: str
+    tier: str = "memory"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A request that returns.
+
+    device: leading tokens that are on the device. stored: the runs that follow. new: tokens
+    after them.
+    """
+
+    device: int
+    stored: Sequence[StoredRun]
+    new: int
+
+    @property
+    def end(self) -> int:
+        """Tokens on the device or stored."""
+        return self.device + sum(run.tokens for run in self.stored)
+
+
+@dataclass
+class Ahead:
+    """What requests of the same batch have already been given, seconds."""
+
+    fetch: float = 0.0
+    decode: float = 0.0
+    compute: float = 0.0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """load: absolute position up to which stored tokens are loaded. seconds: from the start
+    to the end of the pass, expected. The parts are this request's own seconds, one stream
+    alone: link, decoders (side by side), pass."""
+
+    load: int
+    seconds: float
+    fetch: float
+    decode: float
+    compute: float
+
+
+@dataclass
+class Planner:
+    """Plans turns of one server. layers: the model's. cores: that decoders and forward pass
+    share, None where the pass runs elsewhere. chunk: most tokens of one pass, None for any."""
+
+    layers: int
+    compute: ComputeCost
+    load: LoadCost
+    cores: int | None = None
+    chunk: int | None = None
+    page: int = 1
+    ahead: Ahead = field(default_factory=Ahead)
+
+    def choices(self, turn: Turn) -> np.ndarray:
+        """Every p that is tried, ascending, whole pages."""
+        span = turn.end - turn.device
+        step = max(BLOCK, -(-span // CHOICES))
+        step = -(-step // self.page) * self.page
+        return np.append(np.arange(turn.device, turn.end, step), turn.end)
+
+    def plan(self, turn: Turn) -> Plan:
+        """The best p for a turn, given what its batch already has to do."""
+        choices = self.choices(turn)
+        ends, parts = self.ends(turn, choices)
+        best = int(np.flatnonzero(ends <= ends.min() * (1 + INDIFFERENT))[-1])
+        fetch, decode, compute = (float(part[best]) for part in parts)
+        return Plan(int(choices[best]), float(ends[best]), fetch, decode, compute)
+
+    def ends(self, turn: Turn, choices: np.ndarray) -> tuple[Floats, tuple[Floats, ...]]:
+        """For each p: seconds to the end of the pass, and the seconds of link, decoders and
+        pass that the turn itself takes."""
+        fetch, work = self._loading(turn, choices)
+        first, later = self._computing(turn, choices)
+        threads = np.minimum(self.load.threads, np.maximum(1, len(turn.stored)))
+        decode = work / threads
+        ahead = self.ahead
+        f, d, c = (
+            (own + before) / self.layers
+            for own, before in (
+                (fetch, ahead.fetch),
+                (decode, ahead.decode),
+                (first, ahead.compute),
+            )
+        )
+        ready = np.zeros(len(choices))
+        end = np.zeros(len(choices))
+        for layer in range(1, self.layers + 1):
+            ready = np.maximum(ready, layer * f) + d
+            end = np.maximum(end, ready) + c
+        if self.cores is not None:
+            shared = work + ahead.decode * threads + first + ahead.compute
+            end = np.maximum(end, shared / self.cores)
+        return end + later, (fetch, decode, first + later)
+
+    def _loading(self, turn: Turn, choices: np.ndarray) -> tuple[Floats, Floats]:
+        """Seconds of the link, and of one decoder."""
+        fetch, decode = np.zeros(len(choices)), np.zeros(len(choices))
+        begin = turn.device
+        for run in turn.stored:
+            share = np.clip((choices - begin) / run.tokens, 0.0, 1.0)
+            fetch += share * self.load.fetch_seconds(run.tier, run.nbytes)
+            decode += share * self.load.decode_seconds(run.codec, run.tokens)
+            begin += run.tokens
+        return fetch, decode
+
+    def _computing(self, turn: Turn, choices: np.ndarray) -> tuple[Floats, Floats]:
+        """Seconds of the pass that overlaps with loading, and of the chunks after it."""
+        tokens = (turn.end - choices + turn.new).astype(np.float64)
+        room = np.inf if self.chunk is None else max(1, self.chunk - self.ahead.tokens)
+        first = np.minimum(tokens, room)
+        rest = tokens - first
+
+        def seconds(new: Floats, before: Floats) -> Floats:
+            return self.compute.seconds(Prefill(new, new * (before + new / 2)))
+
+        later = np.zeros(len(choices))
+        if rest.any():
+            assert self.chunk is not None
+            # All whole chunks as one, at what a chunk of that size costs a token.
+            before = choices + first
+            passes = np.ceil(rest / self.chunk)
+            size = rest / np.maximum(passes, 1)
+            later = passes * seconds(size, before + (rest - size) / 2)
+        return seconds(first, choices.astype(np.float64)), later
+
+    def take(self, plan: Plan, tokens: int) -> None:
+        """The turn was admitted: what follows in its batch comes after it. tokens: that its
+        pass computes."""
+        self.ahead.fetch += plan.fetch
+        self.ahead.decode += plan.decode
+        self.ahead.compute += plan.compute
+        self.ahead.tokens += tokens
+
+    def next_batch(self) -> None:
+        """A batch has been run; nothing is ahead any more."""
+        self.ahead = Ahead()

@@ -1,0 +1,87 @@
+"""What Krul adds to a step of SGLang's scheduler: hooks before, around and after a batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from krul_sglang.restore.cost import Prefill
+from krul_sglang.runtime.restoring import LIMIT, Pending, reads
+
+
+def _cache_of(scheduler: Any) -> Any:
+    cache = getattr(scheduler, "tree_cache", None)
+    return cache if hasattr(cache, "restores") else None
+
+
+def run_batch(original: Callable, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND ``Scheduler.run_batch``: see to it that what it reads has been loaded."""
+    cache = _cache_of(scheduler)
+    if cache is None or not batch.forward_mode.is_extend():
+        return original(scheduler, batch, *args, **kwargs)
+    restores = cache.restores
+    before, new = np.array(batch.prefix_lens, float), np.array(batch.extend_lens, float)
+    restored = bool(restores.pending)
+    restores.start_pass()
+    try:
+        result = original(scheduler, batch, *args, **kwargs)
+    finally:
+        forward = restores.end_pass()
+    seconds = time.perf_counter() - forward.began - forward.wait_seconds
+    if cache.krul.pool.device.type == "cpu":
+        shape = Prefill(float(new.sum()), float((new * (before + new / 2)).sum()))
+        cache.krul.planner.compute.observe(shape, seconds)
+    failed = restores.settle(forward, int(new.sum()))
+    if failed:
+        _start_anew(scheduler, cache, batch, failed)
+    if restored:
+        cache.publish()
+    return result
+
+
+def _start_anew(scheduler: Any, cache: Any, batch: Any, failed: Sequence[Pending]) -> None:
+    """Give up what the requests that read a failed load have computed."""
+    from sglang.srt.mem_cache.common import release_kv_cache
+
+    hit = [req for req in batch.reqs if reads(cache, req, failed)]
+    if hit and batch.return_logprob:
+        # The results of a batch lie one after the other: none can be left out.
+        hit = list(batch.reqs)
+    begin = min(one.begin for one in failed)
+    for req in hit:
+        release_kv_cache(req, cache, checkpoint=False)
+        req.reset_for_retract()
+        setattr(req, LIMIT, begin)
+        if scheduler.chunked_req is req:
+            scheduler.chunked_req = None
+    cache.restores.totals.requeued += len(hit)
+    cache.restores.parked += hit
+    cache.restores.drop(failed)
+
+
+def after_result(result: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER ``Scheduler.process_batch_result``, which drops the results of requests that start
+    anew: they may be scheduled again."""
+    cache = _cache_of(scheduler)
+    if cache is not None and cache.restores.parked:
+        again = [req for req in batch.reqs if req in cache.restores.parked]
+        scheduler.waiting_queue[:0] = again
+
+
+def before_next_batch(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE ``Scheduler.get_next_batch_to_run``: no request that starts anew stays in the
+    last batch, and no load outlives a step without a batch."""
+    cache = _cache_of(scheduler)
+    if cache is None:
+        return
+    restores = cache.restores
+    if restores.pending:  # admitted for a batch that was never run
+        restores.drop(restores.settle())
+    if restores.parked:
+        last = kwargs.get("last_batch", args[-1] if args else None)
+        if last is not None and not last.is_empty():
+            last.filter_batch(reqs_to_exclude=restores.parked)
+        restores.parked = [req for req in restores.parked if req not in scheduler.waiting_queue]

@@ -32,7 +32,7 @@ FILE_TIER = (
 )
 HICACHE = {
     # Room for two conversations and all their turns.
-    "hicache_host": (*hicache_cpu.FLAGS, "--hicache-ratio", "4"),
+    "hicache_host": (*hicache_cpu.FLAGS, "--hicache-ratio", "3"),
     "hicache_file": (*hicache_cpu.FLAGS, *FILE_TIER),
 }
 KRUL = {
@@ -130,7 +130,7 @@ class Peer:
             flags.append("--enable-krul")
             for name, value in krul_settings(policy, bandwidth, recompute, profile).items():
                 flags += [f"--krul-{name.replace('_', '-')}", str(value)]
-        self.server = LiveServer(model, flags, env=env)
+        self.server = LiveServer(model, flags, env=env, ready_seconds=600)
 
     def start(self) -> None:
         """Raises ServerFailedError."""

@@ -158,6 +158,8 @@ class Benchmark:
                     self._measure([self._series(cell, rate) for cell in group], reference)
                     if reference.failure is None:
                         self._put(reference, [])
+                    else:  # what the file has of it stays
+                        self._console.print(f"recompute was not asked again: {reference.failure}")
 
     def _measure(self, group: Sequence[Series], reference: Series) -> None:
         with self._live(group):
@@ -180,9 +182,11 @@ class Benchmark:
                 raise OSError(problem)
             return given
 
-        self._each(group, lambda one: ask(one, 0))
-        for one in group:
+        def warm_up(one: Series) -> None:
+            ask(one, 0)
             one.before = one.peer.krul()
+
+        self._each(group, warm_up)
         for number in range(1, 1 + max(one.repeats for one in group)):
             first = number % len(group)  # nobody always follows the same neighbour
             order = [s for s in [*group[first:], *group[:first]] if number <= s.repeats]
@@ -258,8 +262,12 @@ class Benchmark:
             "bandwidth": one.rate,
             "bandwidth_name": one.cell.bandwidth,
         }
+        try:
+            if one.failure is None:
+                row |= self._figures(one, reference)
+        except OSError as error:
+            one.failure = str(error)
         if one.failure is None:
-            row |= self._figures(one, reference)
             said = f"{row['ttft_p50']:.2f} s ({row['ttft_min']:.2f} - {row['ttft_max']:.2f})"
         else:
             self.failures += 1

@@ -78,6 +78,42 @@ class KVRun:
         return self.k.numel() * self.k.element_size() + self.v.numel() * self.v.element_size()
 
 
+@dataclass(frozen=True)
+class StoredLayer:
+    """How a payload holds one layer.
+
+    nbytes: its bytes; of a frame that it shares with other layers a share in proportion to
+        what it put there before entropy coding.
+    in_shared_frame: whether ``nbytes`` is such a share.
+    reference: the layer it is rebuilt from or together with, None where it stands alone.
+    dropped: whether nothing is stored but what the reference predicts.
+    error: squared error in the importance metric, a token's mean; 0 where the layer is exact,
+        None where nothing was measured.
+    classes: tokens of each class, the finest first; empty where all are stored alike.
+    """
+
+    nbytes: int
+    in_shared_frame: bool = False
+    reference: int | None = None
+    dropped: bool = False
+    error: float | None = None
+    classes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a payload says of itself; its bytes are ``header_bytes`` and those of the layers.
+
+    step: quantization step of a token of factor 1. factors: of each token class, what its step
+        is against that. None and empty for a codec that does not quantize.
+    """
+
+    header_bytes: int
+    layers: tuple[StoredLayer, ...]
+    step: float | None = None
+    factors: tuple[float, ...] = ()
+
+
 class SegmentReader(ABC):
     """An opened payload: what it holds, and its layers in order."""
 
@@ -98,6 +134,11 @@ class SegmentReader(ABC):
     def layer_bytes(self) -> list[int]:
         """Payload bytes that each layer needs beyond those of the layers below it; they add up
         to the payload, its header counting for layer 0."""
+
+    @abstractmethod
+    def describe(self) -> Description:
+        """How it is stored, layer by layer. Reads a small part of the payload and checks no
+        more than that; raises :class:`CodecError` where even that is damaged."""
 
     def layers_of(self, parts: Sequence[Part]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """As :meth:`layers`, for the tokens of all ``parts`` side by side.

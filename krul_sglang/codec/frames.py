@@ -12,6 +12,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import msgpack
@@ -134,16 +135,19 @@ def _split(payload: bytes, offset: int, lengths: list[Any]) -> list[memoryview]:
     return frames
 
 
-def open_frame(decompressor: zstandard.ZstdDecompressor, frame: memoryview, size: int) -> bytes:
-    """The ``size`` bytes of one checksummed zstd frame.
+def shares(total: int, weights: Sequence[float]) -> list[int]:
+    """``total`` in whole parts in proportion to ``weights``, evenly where all of them are 0."""
+    if not any(weights):
+        weights = [1] * len(weights)
+    whole = sum(weights)
+    ends = [round(total * part / whole) for part in accumulate(weights)]
+    return [end - begin for begin, end in pairwise([0, *ends])]
 
-    The size embedded in the frame is compared first: python-zstandard allocates
-    what the frame says, whatever ``max_output_size`` the caller gives.
-    """
+
+def open_frame(decompressor: zstandard.ZstdDecompressor, frame: memoryview, size: int) -> bytes:
+    """The ``size`` bytes of one checksummed zstd frame."""
     try:
-        found = zstandard.get_frame_parameters(frame)
-        if found.content_size != size or not found.has_checksum or found.dict_id:
-            raise CodecError("a frame's declared size or flags differ from what is expected")
+        _check_frame(frame, size)
         return decompressor.decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CodecError(f"damaged frame: {error}") from error
@@ -159,3 +163,29 @@ def by_layer(
         out[first] += size
     out[0] += payload - sum(out)
     return out
+
+
+def open_head(
+    decompressor: zstandard.ZstdDecompressor, frame: memoryview, size: int, count: int
+) -> bytes:
+    """The first ``count`` of a frame's ``size`` bytes where the encoder flushed a block behind
+    them. Decompresses little more than that, so the frame's checksum is not looked at."""
+    try:
+        _check_frame(frame, size)
+        # Blocks of at most 128 KiB that do not compress are stored as they are.
+        longest = count + 3 * (count // (1 << 17) + 1) + 18
+        head = decompressor.stream_reader(bytes(frame[:longest])).read(count)
+    except zstandard.ZstdError as error:
+        raise CodecError(f"damaged frame: {error}") from error
+    if len(head) != count:
+        raise CodecError("a frame holds less than its shape implies")
+    return head
+
+
+def _check_frame(frame: memoryview, size: int) -> None:
+    """Compare what a frame declares with what is expected, before anything is decompressed:
+    python-zstandard allocates what the frame says, whatever ``max_output_size`` the caller gives.
+    """
+    found = zstandard.get_frame_parameters(frame)
+    if found.content_size != size or not found.has_checksum or found.dict_id:
+        raise CodecError("a frame's declared size or flags differ from what is expected")

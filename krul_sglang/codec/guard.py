@@ -36,17 +36,22 @@ QUARTERS = 4
 
 @dataclass(frozen=True)
 class Measured:
-    """What encoding a run showed.
+    """What encoding a run showed; the first two by layer, empty for no tokens.
 
-    error: squared error in the importance metric, summed over layers, a token's mean.
-    novelty: per layer, how far its tokens were from the profile's; empty for no tokens.
+    errors: squared error in the importance metric, a token's mean.
+    novelty: how far its tokens were from the profile's.
     repetitive: whether a few tokens are all it has. One token over and over showed 200 times
         the divergence of other text at the same error, and nothing else gives it away.
     """
 
-    error: float
+    errors: tuple[float, ...]
     novelty: tuple[float, ...]
     repetitive: bool = False
+
+    @property
+    def error(self) -> float:
+        """Over all layers: the metric carries their sensitivities, so their errors add up."""
+        return sum(self.errors)
 
 
 def quarters(novelty: Sequence[float]) -> list[float]:

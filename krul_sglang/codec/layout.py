@@ -58,6 +58,14 @@ class Plan:
         """Coefficients that any class stores."""
         return self.widths[0]
 
+    def packed(self, count: np.ndarray) -> float:
+        """Bytes of the layer before entropy coding, without overflow; ``count`` = tokens of
+        each class."""
+        symbols = sum(
+            (last - first) * count[c] / ALPHABETS[b].share for b, c, first, last in self.cells
+        )
+        return float(symbols + count.sum() / 4)
+
 
 def plans_of(profile: Profile, step: float, shared: Collection[int] = ()) -> list[Plan]:
     """Every layer's :class:`Plan`; deterministic, so that nothing of it is stored.

@@ -21,8 +21,16 @@ import numpy as np
 import torch
 import zstandard
 
-from krul_sglang.codec.base import Codec, CodecError, KVRun, KVSpec, SegmentReader
-from krul_sglang.codec.frames import by_layer, open_frame, pack_payload, unpack_payload
+from krul_sglang.codec.base import (
+    Codec,
+    CodecError,
+    Description,
+    KVRun,
+    KVSpec,
+    SegmentReader,
+    StoredLayer,
+)
+from krul_sglang.codec.frames import by_layer, open_frame, pack_payload, shares, unpack_payload
 
 if TYPE_CHECKING:
     from krul_sglang.strategy.base import Strategy
@@ -143,6 +151,17 @@ class _LosslessReader(SegmentReader):
         """See :class:`SegmentReader`."""
         sizes = [len(a) + len(b) for a, b in zip(*[iter(self._frames)] * 2, strict=True)]
         return by_layer(self._spec.layers, self._payload_bytes, self._groups, sizes)
+
+    def describe(self) -> Description:
+        """See :class:`SegmentReader`."""
+        layers: list[StoredLayer] = []
+        for (a, b), high, raw in zip(
+            self._groups, self._frames[::2], self._frames[1::2], strict=True
+        ):
+            for nbytes in shares(len(high) + len(raw), [1] * (b - a)):
+                layers.append(StoredLayer(nbytes, in_shared_frame=b - a > 1, error=0.0))
+        header_bytes = self._payload_bytes - sum(layer.nbytes for layer in layers)
+        return Description(header_bytes, tuple(layers))
 
     def layers(self, lo: int, hi: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Layers in order; see :class:`SegmentReader`."""

@@ -29,8 +29,16 @@ import numpy as np
 import torch
 import zstandard
 
-from krul_sglang.codec.base import Codec, CodecError, KVRun, KVSpec, SegmentReader
-from krul_sglang.codec.frames import open_frame, pack_payload, unpack_payload
+from krul_sglang.codec.base import (
+    Codec,
+    CodecError,
+    Description,
+    KVRun,
+    KVSpec,
+    SegmentReader,
+    StoredLayer,
+)
+from krul_sglang.codec.frames import open_frame, pack_payload, shares, unpack_payload
 from krul_sglang.codec.lossless import LosslessCodec, check_run, huffman_compressor
 from krul_sglang.strategy.base import EXACT
 
@@ -251,6 +259,25 @@ class _PairMergeReader(SegmentReader):
                 out.append(next(outliers if layer in uppers.values() else plain))
         out[0] += self._payload_bytes - sum(out)
         return out
+
+    def describe(self) -> Description:
+        """See :class:`SegmentReader`; what a pair shares counts half for either layer."""
+        plain, merged, outliers = (
+            iter(part.describe().layers if part else ())
+            for part in (self._plain, self._merged, self._outliers)
+        )
+        partner = {a: b for pair in self._pairs for a, b in (pair, pair[::-1])}
+        half: dict[int, int] = {}
+        for (lower, upper), frame in zip(self._pairs, self._frames, strict=True):
+            half[lower], half[upper] = shares(len(frame) + next(merged).nbytes, (1, 1))
+        layers = [
+            StoredLayer(half[n] + next(outliers).nbytes, in_shared_frame=True, reference=partner[n])
+            if n in partner
+            else next(plain)
+            for n in range(self._spec.layers)
+        ]
+        header_bytes = self._payload_bytes - sum(layer.nbytes for layer in layers)
+        return Description(header_bytes, tuple(layers))
 
     def layers(self, lo: int, hi: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Layers in order; see :class:`SegmentReader`."""

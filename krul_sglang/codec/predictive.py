@@ -8,6 +8,7 @@ the token's class. Nothing links one token to another: a run can be cut anywhere
 
 Frames: the exact sink tokens (a lossless payload, or empty), then one zstd frame a
 group of layers: token classes, symbols bin by bin, overflow (low bytes, high bytes).
+The header also says what error each layer was left with.
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ class PredictiveCodec(Codec):
         levels = _given_levels(strategy.attention, spec.layers, run.tokens)
         below: torch.Tensor | None = None
         sizes: list[int] = []
+        errors: list[float] = []
         novelty: list[float] = []
-        error = 0.0
         for a, b in groups_of(spec.layers, tokens * spec.layer_scalars):
             parts: list[bytes] = []
             counts, symbols = [], []
@@ -119,8 +120,8 @@ class PredictiveCodec(Codec):
                 plan = plans[layer]
                 quantized, below, count, residual = _encode_layer(x, below, plan, classes, step)
                 if tokens:
-                    cost, distance = _measure(residual, x, below, maps)
-                    error += cost
+                    error, distance = _measure(residual, x, below, maps)
+                    errors.append(error)
                     novelty.append(distance)
                 parts.append(pack_classes(classes))
                 counts.append(count)
@@ -142,11 +143,18 @@ class PredictiveCodec(Codec):
             frame, size = _compress(blocks)
             frames.append(frame)
             sizes.append(size)
-        shared = sorted(set(strategy.shared))
-        extra_fields = {"profile": profile.id, "step": step, "sizes": sizes, "shared": shared}
-        payload = pack_payload(self.name, spec, run.tokens, run.start, frames, extra_fields)
+        if not math.isfinite(sum(errors)):
+            raise ValueError("values too far from what the profile predicts")
+        fields = {
+            "profile": profile.id,
+            "step": step,
+            "sizes": sizes,
+            "shared": sorted(set(strategy.shared)),
+            "errors": np.array(errors, "<f4").tobytes(),
+        }
+        payload = pack_payload(self.name, spec, run.tokens, run.start, frames, fields)
         repetitive = tokens > 0 and _is_repetitive(run.v[0, sinks:])
-        return payload, Measured(error, tuple(novelty), repetitive)
+        return payload, Measured(tuple(errors), tuple(novelty), repetitive)
 
     def open(self, payload: bytes) -> SegmentReader:
         """Check header and sizes; frames are checked as they are read."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,8 +11,8 @@ import numpy as np
 import torch
 import zstandard
 
-from krul_sglang.codec.base import CodecError, Part, SegmentReader
-from krul_sglang.codec.frames import by_layer, open_frame, unpack_payload
+from krul_sglang.codec.base import CodecError, Description, Part, SegmentReader, StoredLayer
+from krul_sglang.codec.frames import by_layer, open_frame, open_head, shares, unpack_payload
 from krul_sglang.codec.layout import (
     EXPANSION,
     FACTORS,
@@ -27,6 +28,11 @@ from krul_sglang.strategy.base import SINKS
 
 if TYPE_CHECKING:
     from krul_sglang.codec.predictive import PredictiveCodec
+
+
+FIELDS = {"profile": str, "step": float, "sizes": list, "shared": list, "errors": bytes}
+"""The codec's own header fields. sizes: bytes of each frame once decompressed. shared: the layers
+that are dropped. errors: float32 of each layer, see :class:`StoredLayer`."""
 
 
 class _Coded(NamedTuple):
@@ -59,8 +65,7 @@ class PredictiveReader(SegmentReader):
 
     def __init__(self, payload: bytes, codec: PredictiveCodec) -> None:
         spec = codec.spec
-        fields = {"profile": str, "step": float, "sizes": list, "shared": list}
-        header, frames = unpack_payload(payload, codec.name, spec, fields)
+        header, frames = unpack_payload(payload, codec.name, spec, FIELDS)
         if header["profile"] != codec.profile.id:
             raise CodecError(f"written with profile {header['profile'][:16]!r}, not this one")
         step: float = header["step"]
@@ -75,6 +80,11 @@ class PredictiveReader(SegmentReader):
         self.start: int = header["start"]
         self._skip = min(self.tokens, max(0, SINKS - self.start))
         self._coded = self.tokens - self._skip
+        if len(header["errors"]) != (4 * spec.layers if self._coded else 0):
+            raise CodecError("number of errors differs from what the shape implies")
+        self._errors = np.frombuffer(header["errors"], "<f4")
+        if not (np.isfinite(self._errors) & (self._errors >= 0)).all():
+            raise CodecError("an error is negative or no number")
         self._groups = groups_of(spec.layers, self._coded * spec.layer_scalars)
         self._payload_bytes = len(payload)
         self._frames, self._sizes = frames[1:], header["sizes"]
@@ -98,6 +108,47 @@ class PredictiveReader(SegmentReader):
         """See :class:`SegmentReader`."""
         sizes = [len(frame) for frame in self._frames]
         return by_layer(self._spec.layers, self._payload_bytes, self._groups, sizes)
+
+    def describe(self) -> Description:
+        """See :class:`SegmentReader`; the sink tokens are in no class."""
+        layers = self._stored_layers()
+        if self._sinks:
+            exact = self._sinks.describe().layers
+            layers = [
+                replace(
+                    own,
+                    nbytes=own.nbytes + sinks.nbytes,
+                    in_shared_frame=own.in_shared_frame or sinks.in_shared_frame,
+                )
+                for own, sinks in zip(layers, exact, strict=True)
+            ]
+        header_bytes = self._payload_bytes - sum(layer.nbytes for layer in layers)
+        return Description(header_bytes, tuple(layers), self._step, FACTORS)
+
+    def _stored_layers(self) -> list[StoredLayer]:
+        """Every layer without its sink tokens."""
+        errors = self._errors.tolist() or [None] * self._spec.layers
+        plans = self._plans(self._step, self._shared)
+        decompressor = zstandard.ZstdDecompressor()
+        out: list[StoredLayer] = []
+        for (a, b), frame, size in zip(self._groups, self._frames, self._sizes, strict=True):
+            head = open_head(decompressor, frame, size, (b - a) * -(-self._coded // 4))
+            classes = self._classes(head, b - a)
+            counts = [np.bincount(own, minlength=len(FACTORS)) for own in classes]
+            packed = [plan.packed(count) for plan, count in zip(plans[a:b], counts, strict=True)]
+            parts = shares(len(frame), packed)
+            for layer, nbytes, count in zip(range(a, b), parts, counts, strict=True):
+                out.append(
+                    StoredLayer(
+                        nbytes,
+                        in_shared_frame=b - a > 1,
+                        reference=layer - 1 if layer else None,
+                        dropped=layer in self._shared,
+                        error=errors[layer],
+                        classes=tuple(count.tolist()),
+                    )
+                )
+        return out
 
     def layers(self, lo: int, hi: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Layers in order; see :class:`SegmentReader`."""
@@ -156,12 +207,9 @@ class PredictiveReader(SegmentReader):
         decompressor = zstandard.ZstdDecompressor()
         for (a, b), frame, size in zip(self._groups, self._frames, self._sizes, strict=True):
             raw = open_frame(decompressor, frame, size)
-            packed = -(-self._coded // 4)
-            classes = [
-                unpack_classes(np.frombuffer(raw, np.uint8, packed, i * packed), self._coded)
-                for i in range(b - a)
-            ]
-            coefficients = self._symbols(plans[a:b], classes, raw, packed * (b - a))
+            classes = self._classes(raw, b - a)
+            at = (b - a) * -(-self._coded // 4)
+            coefficients = self._symbols(plans[a:b], classes, raw, at)
             for own, symbols in zip(classes, coefficients, strict=True):
                 order = np.argsort(own, kind="stable")
                 count = np.bincount(own[lo:hi], minlength=len(FACTORS))
@@ -169,6 +217,14 @@ class PredictiveReader(SegmentReader):
                     chosen = np.flatnonzero((order >= lo) & (order < hi))
                     order, symbols = order[chosen] - lo, np.ascontiguousarray(symbols[:, chosen])
                 yield _Coded(order, count, symbols)
+
+    def _classes(self, raw: bytes, layers: int) -> list[np.ndarray]:
+        """The token classes that a group's frame begins with, uint8 ``[tokens]`` a layer."""
+        packed = -(-self._coded // 4)
+        return [
+            unpack_classes(np.frombuffer(raw, np.uint8, packed, i * packed), self._coded)
+            for i in range(layers)
+        ]
 
     def _symbols(
         self, plans: Sequence[Plan], classes: Sequence[np.ndarray], raw: bytes, at: int

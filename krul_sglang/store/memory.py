@@ -16,7 +16,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from krul_sglang.codec.base import Codec, CodecError, KVRun, KVSpec, SegmentReader
+from krul_sglang.codec.base import (
+    Codec,
+    CodecError,
+    Description,
+    KVRun,
+    KVSpec,
+    SegmentReader,
+    StoredLayer,
+)
 from krul_sglang.store.heap import return_freed_memory
 from krul_sglang.store.ledger import Ledger
 from krul_sglang.store.segment import Segment, SegmentState
@@ -89,6 +97,11 @@ class RawReader(SegmentReader):
         """See :class:`SegmentReader`."""
         layers = self._run.k.shape[0]
         return [self._run.nbytes // layers] * layers
+
+    def describe(self) -> Description:
+        """See :class:`SegmentReader`."""
+        layers = self._run.k.shape[0]
+        return Description(0, (StoredLayer(self._run.nbytes // layers, error=0.0),) * layers)
 
 
 class MemoryStore:

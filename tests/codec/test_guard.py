@@ -36,7 +36,7 @@ def steps_tried(error: float, novelty: tuple[float, ...]) -> tuple[list[float], 
 
     def encode_at(step: float) -> tuple[bytes, Measured]:
         tried.append(step)
-        return str(step).encode(), Measured(error, novelty)
+        return str(step).encode(), Measured((error,), novelty)
 
     try:
         return tried, guarded(HOME, BUDGET, encode_at)
@@ -55,9 +55,9 @@ def test_text_like_the_calibration_keeps_the_budgets_step() -> None:
 def test_error_and_distance_multiply() -> None:
     step = HOME.step_for(BUDGET)
     _, error = HOME.cost_at(step)
-    home = Measured(error, (1.0, 2.0))
+    home = Measured((error / 4, error * 3 / 4), (1.0, 2.0))
     assert penalty(HOME, home, step) == 1
-    larger = replace(home, error=3 * ERROR_SPREAD * error)
+    larger = replace(home, errors=(3 * ERROR_SPREAD * error,))
     assert penalty(HOME, larger, step) == pytest.approx(3)
     # The second of two layers is far from its own part of the calibration text.
     unlike = replace(larger, novelty=(1.0, 2.0 * UNLIKE * 1.01))
@@ -76,7 +76,8 @@ def test_an_error_that_a_finer_step_halves_is_followed() -> None:
 
     def encode_at(step: float) -> tuple[bytes, Measured]:
         tried.append(step)
-        return str(step).encode(), Measured(ERROR_SPREAD * 0.05 * (step / 0.1) ** 1.8, (1.0, 2.0))
+        error = ERROR_SPREAD * 0.05 * (step / 0.1) ** 1.8
+        return str(step).encode(), Measured((error,), (1.0, 2.0))
 
     payload = guarded(HOME, BUDGET, encode_at)
     assert 2 <= len(tried) <= TRIES
@@ -108,12 +109,13 @@ def test_mere_repetition_is_given_up_on(kinds: int, tokens: int, found: bool) ->
     run = KVRun(*(torch.stack(x, 1) for x in again), 10)
     _, measured = codec.encode_at(run, Strategy("predictive"), 0.1)
     assert measured.repetitive is found
-    at_home = Measured(0.0, (1.0,), measured.repetitive)
+    at_home = Measured((0.0,), (1.0,), measured.repetitive)
     assert penalty(PROFILE, at_home, 0.1) == (math.inf if found else 1.0)
 
 
 def test_no_tokens_cost_nothing() -> None:
-    assert distance(HOME, Measured(0.0, ())) == 0.0
+    nothing = Measured((), ())
+    assert distance(HOME, nothing) == nothing.error == 0.0
     assert quarters(()) == []
     assert quarters(range(8)) == [0.5, 2.5, 4.5, 6.5]
     assert quarters([3.0]) == [3.0]

@@ -46,6 +46,9 @@ class _RoundingReader(SegmentReader):
     def layer_bytes(self) -> list[int]:
         return self._inner.layer_bytes()
 
+    def describe(self):
+        return self._inner.describe()
+
     def layers(self, lo: int, hi: int):
         for k, v in self._inner.layers(lo, hi):
             yield rounded(k.float()), rounded(v.float())

@@ -10,8 +10,8 @@ KINDS = ("tier", "staging", "index", "profile", "taps")
 class Ledger:
     """Counts bytes by kind against one limit. Thread-safe.
 
-    tier: sealed payloads. staging: raw runs waiting to be encoded, and payloads
-    being built. index: the tree's slot ids and the segments' own records. profile: the
+    tier: sealed payloads. staging: raw runs waiting to be encoded, and what was measured of
+    them. index: the tree's slot ids and the segments' own records. profile: the
     model's calibrated maps. taps: buffers for sampled queries where they are in
     host memory, and a byte a token of the pool and layer for the attention it drew.
     """

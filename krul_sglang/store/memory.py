@@ -25,6 +25,7 @@ from krul_sglang.codec.base import (
     SegmentReader,
     StoredLayer,
 )
+from krul_sglang.similarity.record import record_of
 from krul_sglang.store.heap import return_freed_memory
 from krul_sglang.store.ledger import Ledger
 from krul_sglang.store.segment import Segment, SegmentState
@@ -176,7 +177,7 @@ class MemoryStore:
             self._segments[segment.id] = segment
             self._held.count(segment, 1)
             self._staged_bytes += segment.raw_bytes
-            self.ledger.add("staging", segment.raw_bytes)
+            self.ledger.add("staging", segment.staged_bytes)
             self.ledger.add("index", segment.index_bytes)
             if len(self._workers) < self._worker_count:
                 worker = threading.Thread(target=self._seal_forever, name="krul-seal", daemon=True)
@@ -207,13 +208,13 @@ class MemoryStore:
             self._drained.notify_all()
 
     def _seal(self, segment: Segment) -> None:
-        run = segment.run
-        if run is None:  # released or lost while it waited
+        run, strategy = segment.run, segment.strategy
+        if run is None or strategy is None:  # released or lost while it waited
             return
         began = time.perf_counter()
-        name = segment.strategy.codec
+        name = strategy.codec
         try:
-            payload = self._codec_for(name).encode(run, segment.strategy)
+            payload = self._codec_for(name).encode(run, strategy)
         except Exception as error:
             if name == self._fallback:
                 raise
@@ -229,7 +230,8 @@ class MemoryStore:
             with self._lock:
                 self.stats.fallbacks += 1
             name = self._fallback
-            payload = self._codec_for(name).encode(run, segment.strategy)
+            payload = self._codec_for(name).encode(run, strategy)
+        attention = record_of(strategy, run.tokens)
         seconds = time.perf_counter() - began
         with self._drained:
             self.stats.encode_seconds += seconds
@@ -239,12 +241,14 @@ class MemoryStore:
             if segment.run is None:  # released or lost meanwhile: already settled
                 return
             self._held.count(segment, -1)
+            self.ledger.move("staging", "tier", segment.staged_bytes, len(payload))
+            self.ledger.add("index", attention.nbytes if attention is not None else 0)
             segment.payload = payload
             segment.codec = name
-            segment.run = None
+            segment.attention = attention
+            segment.run = segment.strategy = None
             segment.state = SegmentState.SEALED
             self._held.count(segment, 1)
-            self.ledger.move("staging", "tier", segment.raw_bytes, len(payload))
             self._stop_waiting(segment)
 
     def wait_sealed(self, timeout: float) -> bool:
@@ -274,11 +278,10 @@ class MemoryStore:
     # ---- letting go ------------------------------------------------------------
 
     def _drop_bytes(self, segment: Segment) -> None:
-        if segment.run is not None:
-            self.ledger.add("staging", -segment.raw_bytes)
+        self.ledger.add("staging", -segment.staged_bytes)
         self._stop_waiting(segment)
         self.ledger.add("tier", -segment.stored_bytes)
-        segment.run = None
+        segment.run = segment.strategy = None
         segment.payload = None
 
     def mark_lost(self, segment_id: int) -> None:

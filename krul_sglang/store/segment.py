@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from krul_sglang.codec.base import KVRun
+from krul_sglang.similarity.record import AttentionRecord
 from krul_sglang.strategy.base import Strategy
 
 
@@ -32,14 +33,16 @@ class Segment:
 
     live_tokens: tokens some tree node still names; the segment goes when it is 0.
     waiting: whether the encoder has yet to settle it (it keeps its raw rows when it fails).
+    strategy: how it is to be encoded, None once it is.
     codec: name of the codec that wrote ``payload`` (a strategy's codec may have
         been replaced by lossless when it could not handle the run).
+    attention: how alike its layers attended, where that was measured.
     """
 
     id: int
     tokens: int
     start: int
-    strategy: Strategy
+    strategy: Strategy | None
     exact: bool
     raw_bytes: int
     live_tokens: int
@@ -47,7 +50,15 @@ class Segment:
     run: KVRun | None = None
     payload: bytes | None = None
     codec: str = ""
+    attention: AttentionRecord | None = None
     waiting: bool = True
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of its raw rows and of what was measured of them, 0 without rows."""
+        if self.run is None or self.strategy is None:
+            return 0
+        return self.raw_bytes + self.strategy.nbytes
 
     @property
     def stored_bytes(self) -> int:
@@ -57,4 +68,5 @@ class Segment:
     @property
     def index_bytes(self) -> int:
         """Bytes of the record and of the tree's slot ids."""
-        return RECORD_BYTES + SLOT_BYTES * self.tokens
+        measured = self.attention.nbytes if self.attention is not None else 0
+        return RECORD_BYTES + SLOT_BYTES * self.tokens + measured

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class Strategy:
         the layer below.
     attention: what each token drew from the conversation's own queries, ``layers * tokens``
         codes of :mod:`krul_sglang.similarity.levels`; empty where it was not measured.
+    similarity: what ``pairs`` were chosen by, for whoever asks later; None where nothing was
+        measured.
     """
 
     codec: str
@@ -41,6 +43,14 @@ class Strategy:
     pairs: tuple[tuple[int, int], ...] = ()
     shared: tuple[int, ...] = ()
     attention: bytes = b""
+    similarity: LayerSimilarity | None = field(default=None, compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it carries a segment or a token."""
+        measured = self.similarity
+        matrices = 0 if measured is None else measured.edges.nbytes + measured.distance.nbytes
+        return len(self.classes) + len(self.attention) + matrices
 
 
 EXACT = Strategy(codec="lossless")

@@ -73,4 +73,5 @@ class PaperSelector(Selector):
         """See :class:`Selector`."""
         if estimate.layers is None:
             return self.default
-        return Strategy("pair_merge", pairs=select_pairs(estimate.layers, len(self._pairs)))
+        pairs = select_pairs(estimate.layers, len(self._pairs))
+        return Strategy("pair_merge", pairs=pairs, similarity=estimate.layers)

@@ -380,7 +380,7 @@ class Rig:
         assert live == {s.id: s.live_tokens for s in segments}, "tree and store disagree"
         counted = {
             "tier": sum(s.stored_bytes for s in segments),
-            "staging": sum(s.raw_bytes for s in segments if s.run is not None),
+            "staging": sum(s.staged_bytes for s in segments),
             "index": sum(s.index_bytes for s in segments),
         }
         held = store.ledger.snapshot()

@@ -26,7 +26,7 @@ def assert_adds_up(store) -> None:
     segments = list(store._segments.values())
     held = store.ledger.snapshot()
     assert held["tier"] == sum(s.stored_bytes for s in segments)
-    assert held["staging"] == sum(s.raw_bytes for s in segments if s.run is not None)
+    assert held["staging"] == sum(s.staged_bytes for s in segments)
     assert held["index"] == sum(s.index_bytes for s in segments)
     assert store.lost_count == sum(s.state is SegmentState.LOST for s in segments)
 
@@ -50,6 +50,29 @@ def test_staged_and_sealed_rows_read_the_same(make_store, make_run, gate) -> Non
     assert_adds_up(store)
     assert store.totals()["stored_tokens"] == 40
     assert store.stats.encoded_bytes == segment.stored_bytes < store.stats.encoded_raw_bytes
+
+
+def test_measured_attention_is_counted_and_sealed_into_a_few_numbers(
+    make_store, make_run, gate
+) -> None:
+    store = make_store(lossless=gate)
+    run = make_run(40)
+    strategy = Strategy("lossless", attention=bytes(range(120)))
+    segment, ids = store.stage(run, strategy, exact=True)
+    assert store.ledger.snapshot()["staging"] == run.nbytes + 120
+    assert_adds_up(store)
+    gate.open_gate()
+    assert store.wait_sealed(20)
+    assert segment.strategy is None
+    assert segment.attention.tokens == 40
+    assert segment.index_bytes == RECORD_BYTES + 40 * SLOT_BYTES + 4 * (2 + 3)
+    assert_adds_up(store)
+    store.release(ids)
+    assert store.ledger.used == 0
+    unsealed, _ = store.stage(run, strategy, exact=True)
+    store.mark_lost(unsealed.id)
+    assert unsealed.strategy is None
+    assert_adds_up(store)
 
 
 class Gate(LosslessCodec):

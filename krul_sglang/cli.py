@@ -140,6 +140,34 @@ def quality(
         raise typer.Exit(2) from None
 
 
+@app.command()
+def inspect(
+    conversation: Annotated[
+        str | None, typer.Argument(help="Its id, or how the id begins; without it, a list.")
+    ] = None,
+    url: Annotated[str, typer.Option(help="The server's address.")] = "http://127.0.0.1:30000",
+    detail: Annotated[
+        bool, typer.Option("--detail", help="Layer by layer; of the newest stored one by default.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the server's JSON.")] = False,
+    png: Annotated[Path | None, typer.Option(help="Draw the detail into this file.")] = None,
+    limit: Annotated[
+        int, typer.Option(min=1, max=1000, help="Conversations to list, the newest.")
+    ] = 20,
+    api_key: Annotated[
+        str | None, typer.Option(help="Where the server has an --admin-api-key or --api-key.")
+    ] = None,
+) -> None:
+    """Show what a running server stores of its conversations."""
+    from krul_sglang.inspection.command import run
+
+    try:
+        run(url, conversation, detail=detail, json=json, png=png, limit=limit, api_key=api_key)
+    except (OSError, ValueError) as error:
+        print(f"krul inspect: error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
 @app.command("cpu-host")
 def cpu_host() -> None:
     """Activate SGLang's CPU stand-ins in this environment (hosts without a GPU)."""

@@ -33,6 +33,7 @@ from krul_sglang.config import KrulConfig
 from krul_sglang.restore.load import Loader, Opened
 from krul_sglang.restore.planner import Planner
 from krul_sglang.runtime import backup, marks, selection
+from krul_sglang.runtime.access import AccessClock
 from krul_sglang.runtime.exact import LOSSY_TOKENS, MISSED, RECOMPUTED, demands_exact
 from krul_sglang.runtime.marks import full_data
 from krul_sglang.runtime.pool import PoolView
@@ -74,6 +75,7 @@ class KrulRadixCache(UnifiedRadixCache):
         loads may go on while the forward pass runs."""
         self.krul = krul
         self.inserting_exact = False
+        self.clock = AccessClock()
         self.restores = Restores(self, overlapped)
         super().__init__(params)
         self.tree_core.set_hicache_enabled()
@@ -145,6 +147,7 @@ class KrulRadixCache(UnifiedRadixCache):
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
         """Stock match, cut above what this request cannot use."""
+        self.clock.note()
         result = super().match_prefix(params)
         if not isinstance(result.best_match_node, int) or self.disable:
             return result  # a session's own match
@@ -249,6 +252,7 @@ class KrulRadixCache(UnifiedRadixCache):
 
     def insert(self, params: InsertParams) -> InsertResult:
         """Stock insert; afterwards the marks of the nodes it wrote are brought up to date."""
+        self.clock.note()
         krul = self.krul
         if self.disable or (krul.selector is None and not krul.store.lost_count):
             return super().insert(params)

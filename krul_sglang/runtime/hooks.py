@@ -17,6 +17,7 @@ from krul_sglang.runtime import (
     cpu_attention,
     factory,
     profiles,
+    questions,
     state,
     stepping,
     taps,
@@ -37,6 +38,7 @@ HOOKS = (
     Hook("sglang.srt.server_args.ServerArgs.from_cli_args", args.read_flags, "AFTER"),
     Hook("sglang.srt.server_args.ServerArgs.resolve_once", args.check_resolved, "AROUND"),
     Hook("sglang.srt.server_args.ServerArgs.check_server_args", profiles.settle, "AFTER"),
+    Hook("sglang.srt.server_args.ServerArgs.check_server_args", questions.reach_workers, "AFTER"),
     Hook(
         "sglang.srt.model_executor.model_runner.ModelRunner.init_attention_backends",
         taps.install,
@@ -52,6 +54,11 @@ HOOKS = (
         "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run",
         stepping.before_next_batch,
         "BEFORE",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.__init__",
+        questions.add_routes,
+        "AFTER",
     ),
     Hook(
         "sglang.srt.managers.scheduler_components.internal_state."

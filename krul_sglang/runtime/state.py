@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+from krul_sglang.runtime import questions
 from krul_sglang.runtime.exact import LOSSY_TOKENS
 from krul_sglang.store.ledger import KINDS
 
@@ -95,9 +96,14 @@ def _tree_cache(scheduler: Any) -> Any:
 
 
 def add_to_server_info(result: Any, controller: Any, recv_req: Any) -> Any:
-    """AFTER ``get_internal_state``: add the ``krul`` block."""
+    """AFTER ``get_internal_state``: add the ``krul`` block, or answer the question it asks."""
     cache = _tree_cache(controller.scheduler)
-    if cache is not None:
+    if cache is None:
+        return result
+    answer = questions.answer(cache, recv_req)
+    if answer is not None:
+        result.internal_state = answer
+    else:
         result.internal_state["krul"] = block(cache)
     return result
 

@@ -1,0 +1,1 @@
+"""What is stored of conversations, for people: what a server says, and how it is shown."""

@@ -152,7 +152,7 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print the server's JSON.")] = False,
     png: Annotated[Path | None, typer.Option(help="Draw the detail into this file.")] = None,
     limit: Annotated[
-        int, typer.Option(min=1, max=1000, help="Conversations to list, the newest.")
+        int, typer.Option(min=1, max=200, help="Conversations to list, the newest.")
     ] = 20,
     api_key: Annotated[
         str | None, typer.Option(help="Where the server has an --admin-api-key or --api-key.")

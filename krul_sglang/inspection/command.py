@@ -33,11 +33,11 @@ def run(
     if name is not None and not re.fullmatch("[0-9a-f]{1,12}", name):
         raise ValueError(f"{name}: no conversation's id; `krul inspect` lists them")
     server = Server(url, api_key)
-    if name is None and not (detail or png):
-        body = server.get(f"/krul/conversations?limit={limit}")
-    else:
-        name = name or _newest(server.get(f"/krul/conversations?limit={limit}"))
-        body = server.get(f"/krul/conversations/{name}")
+    if name is None:
+        body = server.get(f"/krul/conversations?limit={limit}", "conversations", "total")
+        name = _newest(body) if detail or png else None
+    if name is not None:
+        body = server.get(f"/krul/conversations/{name}", "segments", "layers")
     if png is not None:
         from krul_sglang.inspection.picture import draw
 
@@ -82,12 +82,15 @@ class Server:
             raise ValueError(f"--url {url}: not an address such as http://127.0.0.1:30000")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
-    def get(self, path: str) -> dict[str, Any]:
-        """The JSON object at ``path``. Raises OSError or ValueError."""
+    def get(self, path: str, *names: str) -> dict[str, Any]:
+        """The JSON object at ``path``, which has these ``names``. Raises OSError or ValueError."""
         request = Request(self.url + path, headers=self._headers)
         try:
             with urlopen(request, timeout=PATIENCE) as answer:
-                return json_format.load(answer)
+                body = json_format.load(answer)
+            if not isinstance(body, dict) or not body.keys() >= set(names):
+                raise ValueError
+            return body
         except HTTPError as error:
             raise ValueError(self._refusal(error)) from None
         except TimeoutError:

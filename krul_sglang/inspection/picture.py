@@ -41,7 +41,7 @@ def draw(body: Row, path: Path) -> None:
     _draw_classes(figure, classes, body)
     _draw_amounts(amounts, body)
     _draw_similarity(figure, alike, body["similarity"])
-    figure.savefig(path, format="png", dpi=110)
+    figure.savefig(path, format="png", dpi=100)
 
 
 def _draw_classes(figure: Any, axes: Any, body: Row) -> None:

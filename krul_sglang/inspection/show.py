@@ -81,16 +81,15 @@ def layers(out: Console, body: Row) -> None:
             *(_share(share) for share in shares),
         )
     out.print(table)
-    out.print(f"Headers: {_bytes(body['header_bytes'])}.", end=" ")
+    out.print(f"Headers: {_bytes(body['header_bytes'])}.")
     if any(one["in_shared_frame"] for one in body["layers"]):
-        out.print("~ a share of frames that several layers fill.", end=" ")
-    out.print()
+        out.print("bytes: ~ a share of frames that several layers fill.")
     if factors:
         out.print(
-            f"x{factors[0]:.2g} to x{factors[-1]:.2g}: share of the {body['classed_tokens']} "
-            "quantized tokens whose step is so many times the segment's; step: their geometric "
-            "mean; error: a token's squared error in the importance metric."
+            f"x{factors[0]:.2g} to x{factors[-1]:.2g}: shares of the {body['classed_tokens']} "
+            "quantized tokens by their step against the segment's; step: its geometric mean."
         )
+        out.print("error: a quantized token's squared error in the importance metric.")
     similarity(out, body["similarity"])
 
 

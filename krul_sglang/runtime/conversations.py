@@ -12,6 +12,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from krul_sglang.inspection.detail import detail, pieces_of, summary
 from krul_sglang.runtime import marks
 from krul_sglang.runtime.marks import full_data
@@ -20,9 +22,10 @@ from krul_sglang.store.slots import slot_runs
 if TYPE_CHECKING:
     from krul_sglang.runtime.cache import KrulRadixCache
 
-LIMIT, MOST = 20, 1000
+LIMIT, MOST = 20, 200
 """Conversations that are listed, by default and at most."""
 ID_BYTES = 6
+_NONE = torch.empty(0, dtype=torch.int64)
 
 
 def list_newest(cache: KrulRadixCache, argument: Mapping[str, str]) -> dict[str, Any]:
@@ -93,14 +96,14 @@ def _conversation(cache: KrulRadixCache, leaf: Any, ids: _Ids) -> tuple[dict[str
     tokens = sum(len(node.key) for node in nodes)
     exact = sum(marks.exact_tokens(node) for node in nodes)
     slots = [full_data(node).host_value for node in reversed(nodes)]
-    stored = [own for own in slots if own is not None]
-    pieces = pieces_of(cache.krul.store, [run for own in stored for run in slot_runs(own)])
+    stored = torch.cat([_NONE, *(own for own in slots if own is not None)])
+    pieces = pieces_of(cache.krul.store, slot_runs(stored))
     line = {
         "id": ids.of(leaf),
         "age_seconds": round(cache.clock.age(leaf.last_access_time), 1),
         "tokens": tokens,
         "device_tokens": sum(len(node.key) for node in nodes if not node.evicted),
-        "stored_tokens": sum(map(len, stored)),
+        "stored_tokens": len(stored),
         "exact_tokens": exact,
         "lossy_tokens": tokens - exact,
         **summary(pieces),

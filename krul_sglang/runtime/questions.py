@@ -77,7 +77,7 @@ QUESTIONS = {
 
 
 def answer(cache: Any, recv_req: Any) -> dict[str, Any] | None:
-    """What the question in a request's id is answered with; None where it is none.
+    """The internal state to reply with where a request's id is a question; None where it is none.
 
     Never raises: this is the scheduler's own loop.
     """
@@ -86,12 +86,12 @@ def answer(cache: Any, recv_req: Any) -> dict[str, Any] | None:
         return None
     try:
         name, argument = json.loads(rid.removeprefix(_MARK))
-        return {ANSWER: QUESTIONS[name].answer(cache, argument)}
+        return {ANSWER: {"body": QUESTIONS[name].answer(cache, argument)}}
     except ValueError as error:
-        return {ANSWER: None, "error": str(error)}
+        return {ANSWER: {"status": 400, "error": str(error)}}
     except Exception as error:
         logger.exception("krul: %s could not be answered", rid)
-        return {ANSWER: None, "failure": f"{type(error).__name__}; see the server's log"}
+        return {ANSWER: {"status": 500, "error": f"{type(error).__name__}; see the server's log"}}
 
 
 # ---- in the HTTP server ------------------------------------------------------------
@@ -127,13 +127,12 @@ def _endpoint(name: str, question: Question) -> Callable:
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def endpoint(request: Request) -> JSONResponse:
         argument = {**request.query_params, **request.path_params}
-        states = await _ask(request.app.state.krul_manager, name, argument)
-        for key, status in (("error", 400), ("failure", 500)):
-            said = next((state[key] for state in states if key in state), None)
-            if said is not None:
-                return JSONResponse({"error": said}, status)
+        replies = await _ask(request.app.state.krul_manager, name, argument)
+        for reply in replies:
+            if "error" in reply:
+                return JSONResponse({"error": reply["error"]}, reply["status"])
         try:
-            return JSONResponse(question.merge([state[ANSWER] for state in states]))
+            return JSONResponse(question.merge([reply["body"] for reply in replies]))
         except UnknownError as error:
             return JSONResponse({"error": str(error)}, 404)
 
@@ -143,10 +142,12 @@ def _endpoint(name: str, question: Question) -> Callable:
 
 
 async def _ask(manager: Any, name: str, argument: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Every data-parallel rank's reply."""
+    """Every data-parallel rank's reply: ``body``, or ``status`` and ``error``."""
     from sglang.srt.managers.io_struct import GetInternalStateReq
 
     manager.auto_create_handle_loop()
     question = GetInternalStateReq(rid=_MARK + json.dumps([name, argument]))
     replies = await manager.get_internal_state_communicator(question)
-    return [reply.internal_state for reply in replies]
+    # A reply to someone who is gone may come in its place.
+    late = {"status": 503, "error": "the answer was mistaken for another's; ask again"}
+    return [reply.internal_state.get(ANSWER, late) for reply in replies]

@@ -36,7 +36,7 @@ def test_version():
 
 def test_help_names_every_command():
     text = krul("--help").stdout
-    for command in ("serve", "doctor", "calibrate", "quality", "cpu-host", "docs"):
+    for command in ("serve", "doctor", "calibrate", "quality", "inspect", "cpu-host", "docs"):
         assert command in text
 
 

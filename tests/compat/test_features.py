@@ -159,6 +159,19 @@ def test_data_parallel(serve, model, reference, talk, ids, host_hits, two_ranks)
         blocks = [state["krul"] for state in answer["internal_states"]]
         assert len(blocks) == 2
         assert all(block["restored_tokens"] > 0 for block in blocks)
+        listed = requests.get(f"{server.url}/krul/conversations", timeout=60).json()
+        assert {line["dp_rank"] for line in listed["conversations"]} == {0, 1}
+
+
+def test_several_http_workers(serve, model, reference, talk, ids, host_hits):
+    """Each of them answers requests, and questions about what is stored."""
+    with serve(*KRUL, *SMALL, "--tokenizer-worker-num", "2", model=model) as server:
+        done = talk(server)
+        assert ids(done) == ids(reference.done)
+        assert host_hits(done) > 0
+        for _ in range(8):  # whichever of them takes the connection
+            listed = requests.get(f"{server.url}/krul/conversations", timeout=60).json()
+            assert listed["total"] >= len(done)
 
 
 def test_pause_and_release(serve, model, reference, talk, ids, host_hits):

@@ -11,10 +11,16 @@ from krul_sglang.live_server import LiveServer
 
 
 @pytest.fixture(scope="session")
-def reference(serve) -> list[list[list[int]]]:
-    """Answers of plain SGLang, without Krul, with a pool that never evicts."""
+def plain_server(serve) -> Iterator[LiveServer]:
+    """Plain SGLang, without Krul, with a pool that never evicts."""
     with serve(*LARGE_POOL) as server:
-        return outputs(Dialogue(server).run())
+        yield server
+
+
+@pytest.fixture(scope="session")
+def reference(plain_server) -> list[list[list[int]]]:
+    """Its answers."""
+    return outputs(Dialogue(plain_server).run())
 
 
 @pytest.fixture(scope="session", params=["1", "16"], ids=["page1", "page16"])

@@ -54,25 +54,6 @@ def test_exact_on_demand(lossy_server, reference):
     assert state["protected_tokens"] == 0
 
 
-def test_finished_requests_say_what_they_attended_to(lossy_server):
-    """Requests side by side, one of them cut off by its client: all that finish are measured."""
-    lossy_server.flush()
-    before = lossy_server.krul()["measured_requests"]
-
-    def ask(seed: int) -> dict:
-        return lossy_server.generate([1000 + (7 * i + seed) % 3000 for i in range(60)], 24)
-
-    with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(ask, range(0, 400, 100)))
-        body = {"input_ids": [5] * 60, "sampling_params": {"max_new_tokens": 2000}}
-        with pytest.raises(requests.exceptions.Timeout):
-            requests.post(lossy_server.url + "/generate", json=body, timeout=2)
-    assert all(answer["meta_info"]["completion_tokens"] == 24 for answer in answers)
-    state = lossy_server.krul()
-    assert state["measured_requests"] - before >= 4
-    assert state["memory"]["taps"] > 0
-
-
 def inspect(server: LiveServer, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`krul inspect` as a user runs it."""
     command = [sys.executable, "-m", "krul_sglang.cli", "inspect", "--url", server.url]
@@ -125,6 +106,25 @@ def test_inspect_says_in_one_line_what_is_wrong(lossy_server, plain_server):
         (line,) = done.stderr.splitlines()
         assert line.startswith("krul inspect: error: ")
         assert said in line
+
+
+def test_finished_requests_say_what_they_attended_to(lossy_server):
+    """Requests side by side, one of them cut off by its client: all that finish are measured."""
+    lossy_server.flush()
+    before = lossy_server.krul()["measured_requests"]
+
+    def ask(seed: int) -> dict:
+        return lossy_server.generate([1000 + (7 * i + seed) % 3000 for i in range(60)], 24)
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, range(0, 400, 100)))
+        body = {"input_ids": [5] * 60, "sampling_params": {"max_new_tokens": 2000}}
+        with pytest.raises(requests.exceptions.Timeout):
+            requests.post(lossy_server.url + "/generate", json=body, timeout=2)
+    assert all(answer["meta_info"]["completion_tokens"] == 24 for answer in answers)
+    state = lossy_server.krul()
+    assert state["measured_requests"] - before >= 4
+    assert state["memory"]["taps"] > 0
 
 
 def test_attention_can_be_left_alone(serve, chat_profile):

@@ -51,24 +51,28 @@ PACKAGES = ("sglang", "torch", "transformers", "krul-sglang")
 
 def read_prompts(plan: Plan) -> Prompts:
     """Chats between people, put one behind the other until they are long enough. The same ones
-    whatever histories are asked for, because a file may be continued with others."""
+    whatever histories are asked for, because a file may be continued with others.
+
+    Each has a system prompt of its own: a shared one would stay on the device, and computing
+    from a cached prefix on takes CPU attention more than twice as long as from the beginning,
+    which `recompute` would pay for.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(plan.model)
     chats = islice(texts.chats(), texts.CHATS[-1], None)
 
-    def take(tokens: int) -> list[int]:
-        messages: list[dict[str, str]] = []
+    def take(tokens: int, name: str) -> list[int]:
+        messages = [{"role": "system", "content": f"{name} wants to chat."}]
         ids: list[int] = []
         while len(ids) < tokens:
             messages += next(chats)["messages"]
             ids = chat_ids(tokenizer, messages, answer=False)
         return ids[:tokens]
 
-    conversations = [take(plan.longest) for _ in range(2)]
+    conversations = [take(plan.longest, name) for name in ("Alice", "Robert")]
     turns = 1 + max(plan.repeats, plan.p99_repeats)  # one warms up
-    # Without the opening that all chats share.
-    rest = take((1 + turns) * plan.turn)[plan.turn :]
+    rest = take((1 + turns) * plan.turn, "Somebody")[plan.turn :]
     slices = [rest[at : at + plan.turn] for at in range(0, len(rest), plan.turn)]
     return Prompts(conversations, slices)
 
@@ -226,7 +230,8 @@ def _stop(*_: Any) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _stop)  # servers are ended either way
+    for name in (signal.SIGINT, signal.SIGTERM):  # a background shell ignores the first
+        signal.signal(name, _stop)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

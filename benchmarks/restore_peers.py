@@ -49,13 +49,11 @@ POLICIES = (RECOMPUTE, *HICACHE, *KRUL)
 
 @dataclass(frozen=True)
 class Shape:
-    """What every request of a history has in common, in tokens; ``shared`` is the opening
-    that all conversations have, which may stay on the device."""
+    """What every request of a history has in common, in tokens."""
 
     history: int
     turn: int
     answer: int
-    shared: int
 
     @property
     def pages(self) -> int:
@@ -84,12 +82,12 @@ class Answer:
     def problem(self, policy: str, shape: Shape) -> str | None:
         """Why this is not a measurement of ``policy``, or None."""
         source = {"hicache_file": "storage", RECOMPUTE: None}.get(policy, "host")
-        if self.device > shape.shared:
+        if self.device:
             return f"{self.device} tokens of the history were still on the device"
         for tier in ("host", "storage"):
             if tier != source and getattr(self, tier):
                 return f"{getattr(self, tier)} tokens came from the {tier} tier"
-        found = self.device + self.host + self.storage + self.recomputed
+        found = self.host + self.storage + self.recomputed
         if source and found < shape.pages:
             return f"only {found} of {shape.pages} tokens had been kept"
         return None

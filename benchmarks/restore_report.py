@@ -103,7 +103,7 @@ def table(run: Run) -> str:
             if measured[0] is None:
                 continue
             last = measured[-1]
-            kept = sorted({_tokens(row) for row in measured}, reverse=True)
+            kept = dict.fromkeys(_tokens(row) for row in measured)
             same = [row["agreement"] for row in measured if row["agreement"] is not None]
             stored = last["stored_bytes"]
             lines.append(

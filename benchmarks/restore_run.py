@@ -32,11 +32,6 @@ class Prompts:
         past = self.conversations[number % len(self.conversations)][:history]
         return [*past, *self.turns[number % len(self.turns)]]
 
-    def shared(self) -> int:
-        """Tokens that all conversations open with."""
-        together = zip(*self.conversations, strict=False)
-        return next((i for i, tokens in enumerate(together) if len(set(tokens)) > 1), 0)
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -199,7 +194,7 @@ class Benchmark:
 
     def _series(self, cell: Cell, rate: float | None) -> Series:
         plan = self.plan
-        shape = Shape(cell.history, plan.turn, plan.answer, self.prompts.shared())
+        shape = Shape(cell.history, plan.turn, plan.answer)
         peer = Peer(
             cell.policy,
             plan.model,
@@ -252,7 +247,7 @@ class Benchmark:
     # ---- rows ------------------------------------------------------------------
 
     def _raw_bytes(self, history: int) -> int:
-        return Shape(history, 0, 0, 0).pages * self._token_bytes
+        return Shape(history, self.plan.turn, self.plan.answer).pages * self._token_bytes
 
     def _put(self, one: Series, reference: Sequence[Sequence[int]]) -> dict[str, Any]:
         """The cell's row, in the file and on the console."""

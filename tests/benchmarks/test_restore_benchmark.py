@@ -17,7 +17,7 @@ from restore_run import Prompts
 
 BENCHMARKS = Path(hicache_cpu.__file__).parent
 FACTS = {"settings": {"model": "m", "dtype": "float32", "repeats": 2}}
-SHAPE = Shape(history=1000, turn=64, answer=16, shared=16)
+SHAPE = Shape(history=1000, turn=64, answer=16)
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,13 @@ def answer(**found: int) -> Answer:
 @pytest.mark.parametrize(
     ("policy", "found", "problem"),
     [
-        ("recompute", {"device": 16}, None),
+        ("recompute", {}, None),
         ("recompute", {"host": 992}, "from the host tier"),
-        ("hicache_host", {"device": 16, "host": 976}, None),
+        ("hicache_host", {"host": 992}, None),
         ("hicache_file", {"storage": 992}, None),
         ("hicache_file", {"host": 992}, "from the host tier"),
         ("lossless", {"host": 992}, None),
-        ("lossless", {"device": 500, "host": 492}, "still on the device"),
+        ("lossless", {"device": 16, "host": 976}, "still on the device"),
         ("lossless", {"host": 500}, "only 500 of 992 tokens"),
         ("partial", {"host": 496, "recomputed": 496}, None),
     ],
@@ -86,7 +86,6 @@ def test_the_pool_holds_one_history_and_its_turn_but_not_two():
 
 def test_conversations_alternate_and_turns_are_new():
     prompts = Prompts([[1, 2, 3, 4], [1, 2, 8, 9]], [[5], [6], [7]])
-    assert prompts.shared() == 2
     assert [prompts.of(n, 3) for n in range(3)] == [[1, 2, 3, 5], [1, 2, 8, 6], [1, 2, 3, 7]]
 
 

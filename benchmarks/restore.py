@@ -44,8 +44,6 @@ from krul_sglang.profile.locate import ensure
 
 HISTORIES = "512,1024,2048,4096,7000"
 BANDWIDTHS = "balanced/4,balanced,4*balanced,unthrottled"
-SERVER_BYTES = 2.6e9
-"""What a server takes of the machine's memory, with its pool and its store."""
 PACKAGES = ("sglang", "torch", "transformers", "krul-sglang")
 
 
@@ -144,7 +142,6 @@ def read_plan(options: argparse.Namespace) -> Plan:
     for text, cell in zip(options.p99_cell, p99_cells, strict=True):
         if not (cell.policy in policies and cell.history in histories and cell.bandwidth in names):
             raise ValueError(f"--p99-cell {text}: not among what is measured")
-    available = psutil.virtual_memory().available
     return Plan(
         model=options.model,
         dtype=options.dtype or usual_dtype(),
@@ -157,7 +154,7 @@ def read_plan(options: argparse.Namespace) -> Plan:
         repeats=options.repeats,
         turn=options.turn,
         answer=options.answer,
-        alive=options.alive or max(1, int(available / SERVER_BYTES) - 1),
+        alive=options.alive,
         p99_cells=p99_cells,
         p99_repeats=options.p99_repeats,
     )

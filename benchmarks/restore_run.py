@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import hicache_cpu
+import psutil
 from restore_cells import UNTHROTTLED, Bandwidth, Cell, Results, agreement, times
 from restore_peers import HICACHE, KRUL, RECOMPUTE, Answer, Peer, Shape, token_bytes
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from krul_sglang.live_server import ServerFailedError
+
+SERVER_BYTES = 2.4e9
+"""What a server of a small model takes of the machine's memory, without any KV."""
+SPARE_BYTES = 1e9
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class Prompts:
 @dataclass(frozen=True)
 class Plan:
     """What is asked for. dtype: of model and KV; recompute: --krul-recompute of the policies
-    that may; turn, answer: tokens; alive: servers that fit side by side, besides `recompute`."""
+    that may; turn, answer: tokens; alive: servers side by side besides `recompute`, None for what
+    fits into memory."""
 
     model: Path
     dtype: str
@@ -50,7 +56,7 @@ class Plan:
     repeats: int
     turn: int
     answer: int
-    alive: int
+    alive: int | None
     p99_cells: Sequence[Cell]
     p99_repeats: int
 
@@ -148,13 +154,19 @@ class Benchmark:
             for bandwidth in self.plan.bandwidths:
                 rate = bandwidth.rate(known["balanced"])
                 missing = self._missing(history, bandwidth)
-                for first in range(0, len(missing), self.plan.alive):
-                    group = missing[first : first + self.plan.alive]
+                alive = self.plan.alive or self._fitting(history)
+                for first in range(0, len(missing), alive):
+                    group = missing[first : first + alive]
                     self._measure([self._series(cell, rate) for cell in group], reference)
                     if reference.failure is None:
                         self._put(reference, [])
                     else:  # what the file has of it stays
                         self._console.print(f"recompute was not asked again: {reference.failure}")
+
+    def _fitting(self, history: int) -> int:
+        """Servers for which there is memory now, each with its pool and two kept histories."""
+        each = SERVER_BYTES + 3 * self._raw_bytes(history)
+        return max(1, int((psutil.virtual_memory().available - SPARE_BYTES) / each))
 
     def _measure(self, group: Sequence[Series], reference: Series) -> None:
         with self._live(group):

@@ -9,7 +9,7 @@ usable as soon as it is yielded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -162,6 +162,10 @@ class Part(NamedTuple):
     hi: int
 
 
+def _go_on() -> None:
+    pass
+
+
 class Codec(ABC):
     """Turns runs into payloads and payloads into readers. Stateless and thread-safe."""
 
@@ -171,6 +175,9 @@ class Codec(ABC):
 
     def __init__(self, spec: KVSpec) -> None:
         self.spec = spec
+        self.pace: Callable[[], None] = _go_on
+        """Called between an encoding's layers; whoever encodes in the background may let it
+        block while there is something more urgent."""
 
     @abstractmethod
     def encode(self, run: KVRun, strategy: Strategy) -> bytes:

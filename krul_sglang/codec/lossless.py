@@ -92,6 +92,7 @@ class LosslessCodec(Codec):
             highs: list[np.ndarray] = []
             lows: list[np.ndarray] = []
             for layer in range(a, b):
+                self.pace()
                 for x in (run.k[layer], run.v[layer]):
                     base, high, low = self._split(_words(x))
                     bases.append(base)

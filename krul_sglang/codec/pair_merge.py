@@ -178,6 +178,7 @@ class PairMergeCodec(Codec):
             merged: list[list[torch.Tensor]] = [[], []]
             kept: list[dict[int, torch.Tensor]] = [{}, {}]
             for lower, upper in pairs:
+                self.pace()
                 maps, magnitudes = [], []
                 for side, x in enumerate((run.k, run.v)):
                     chosen, direction, magnitude = _merge(x[lower], x[upper], run.start, kind)

@@ -108,6 +108,7 @@ class PredictiveCodec(Codec):
             parts: list[bytes] = []
             counts, symbols = [], []
             for layer in range(a, b):
+                self.pace()
                 k = profile.rope.undo(run.k[layer, sinks:].float(), tables)
                 x = torch.cat([k.flatten(1), run.v[layer, sinks:].float().flatten(1)], 1)
                 if not bool(torch.isfinite(x.sum())):

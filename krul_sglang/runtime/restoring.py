@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -188,6 +188,7 @@ class Restores:
                 patience=PATIENCE * plan.seconds + PATIENCE,
             )
         )
+        self._krul.store.hold_back(True)
         self._krul.planner.take(plan, total - end)
         if req is not None:
             req.__dict__.pop(PLAN, None)
@@ -244,6 +245,7 @@ class Restores:
             return []
         for one in pending:
             self._finish(one)
+        self._krul.store.hold_back(False)
         ended = time.perf_counter()
         failed = self._failed(pending)
         for one in pending:
@@ -326,13 +328,14 @@ class Restores:
             for node in reversed(one.nodes):
                 data = full_data(node)
                 if data.value is not None and data.lock_ref == 0:
-                    cache._demote(node.id, {})
+                    cache._demote(node.id, defaultdict(int))
             cache.forget_lost(one.nodes[-1].id)
 
     def abandon(self) -> None:
         """Give up every load; the tree is about to be cleared."""
         for one in self.pending:
             one.load.cancel()
+        self._krul.store.hold_back(False)
         self.pending = []
         self.parked = []
 

@@ -135,6 +135,8 @@ class MemoryStore:
         self._worker_count = workers
         self._workers: list[threading.Thread] = []
         self._closed = False
+        self._held_back = False
+        self._awaited = 0  # callers that wait for the encoder
 
     # ---- writing ---------------------------------------------------------------
 
@@ -145,15 +147,14 @@ class MemoryStore:
 
     def wait_for_staging(self, nbytes: int, timeout: float) -> bool:
         """Wait until ``nbytes`` more raw bytes fit; False when ``timeout`` seconds pass."""
-        with self._drained:
-            return self._drained.wait_for(
-                lambda: (
-                    self._closed
-                    or self._staged_bytes == 0
-                    or self._staged_bytes + nbytes <= self.staging_limit
-                ),
-                timeout,
-            )
+        return self._wait_for_encoder(
+            lambda: (
+                self._closed
+                or self._staged_bytes == 0
+                or self._staged_bytes + nbytes <= self.staging_limit
+            ),
+            timeout,
+        )
 
     def stage(self, run: KVRun, strategy: Strategy, exact: bool) -> tuple[Segment, torch.Tensor]:
         """Take a raw run over (its tensors must not change any more) and queue its encoding.
@@ -211,10 +212,11 @@ class MemoryStore:
         run, strategy = segment.run, segment.strategy
         if run is None or strategy is None:  # released or lost while it waited
             return
+        self._pace()
         began = time.perf_counter()
         name = strategy.codec
         try:
-            payload = self._codec_for(name).encode(run, strategy)
+            payload = self._encoder(name).encode(run, strategy)
         except Exception as error:
             if name == self._fallback:
                 raise
@@ -230,7 +232,7 @@ class MemoryStore:
             with self._lock:
                 self.stats.fallbacks += 1
             name = self._fallback
-            payload = self._codec_for(name).encode(run, strategy)
+            payload = self._encoder(name).encode(run, strategy)
         attention = record_of(strategy, run.tokens)
         seconds = time.perf_counter() - began
         with self._drained:
@@ -251,10 +253,36 @@ class MemoryStore:
             self._held.count(segment, 1)
             self._stop_waiting(segment)
 
+    def _encoder(self, name: str) -> Codec:
+        codec = self._codec_for(name)
+        codec.pace = self._pace
+        return codec
+
     def wait_sealed(self, timeout: float) -> bool:
         """Wait until nothing waits to be encoded; False on timeout."""
+        return self._wait_for_encoder(lambda: self._staged_bytes == 0, timeout)
+
+    def _wait_for_encoder(self, ready: Callable[[], bool], timeout: float) -> bool:
         with self._drained:
-            return self._drained.wait_for(lambda: self._staged_bytes == 0, timeout)
+            if ready():
+                return True
+            self._awaited += 1
+            self._drained.notify_all()
+            try:
+                return self._drained.wait_for(ready, timeout)
+            finally:
+                self._awaited -= 1
+
+    def hold_back(self, held: bool) -> None:
+        """Whether encoding is to pause, at the next layer, for something more urgent. It goes
+        on all the same while anyone waits for it."""
+        with self._drained:
+            self._held_back = held
+            self._drained.notify_all()
+
+    def _pace(self) -> None:
+        with self._drained:
+            self._drained.wait_for(lambda: not self._held_back or self._awaited or self._closed)
 
     # ---- reading ---------------------------------------------------------------
 

@@ -185,7 +185,8 @@ def test_defaults_need_no_environment() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recompute", "fraction"), [("auto", None), ("never", 0.0), ("0", 0.0), ("0.25", 0.25), ("1", 1.0)]
+    ("recompute", "fraction"),
+    [("auto", None), ("never", 0.0), ("0", 0.0), ("0.25", 0.25), ("1", 1.0)],
 )
 def test_recompute_fraction(recompute: str, fraction: float | None) -> None:
     assert KrulConfig(recompute=recompute).recompute_fraction == fraction

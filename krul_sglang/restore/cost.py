@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-WEIGHT = 0.4
+WEIGHT = 0.5
 """How much of an estimate a new measurement replaces: after a tenfold change, three of them
-leave 22 % of the error."""
+leave an eighth of the error."""
 
 Floats = npt.NDArray[np.float64]
 

@@ -1,0 +1,159 @@
+"""The planner against brute force: a layer pipeline simulated token choice by token choice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from krul_sglang.restore.cost import ComputeCost, LoadCost, Prefill, Rate
+from krul_sglang.restore.planner import Ahead, Planner, StoredRun, Turn
+
+LAYERS = 6
+
+
+def planner(link: float = 1e-8, decode: float = 1e-5, token: float = 1e-3, **options) -> Planner:
+    load = LoadCost(2, {"memory": Rate(link)}, {"c": Rate(decode)})
+    return Planner(LAYERS, ComputeCost(1e-3, token, 1e-7), load, **options)
+
+
+def turn(device: int = 4, runs: int = 4, new: int = 64, nbytes: int = 10**6) -> Turn:
+    return Turn(device, [StoredRun(512, nbytes, "c")] * runs, new)
+
+
+def simulated(p: Planner, one: Turn, choice: int) -> float:
+    """When the pass ends, by event times of each stage and layer, written out."""
+    fetch = decode = 0.0
+    begin = one.device
+    for run in one.stored:
+        share = min(1.0, max(0.0, (choice - begin) / run.tokens))
+        fetch += share * run.nbytes * p.load.links["memory"].seconds
+        decode += share * run.tokens * p.load.codecs["c"].seconds
+        begin += run.tokens
+    work = decode
+    decode /= min(p.load.threads, len(one.stored))
+    tokens = one.end - choice + one.new
+    first = tokens if p.chunk is None else min(tokens, p.chunk)
+
+    def compute(new: float, before: float) -> float:
+        return float(p.compute.seconds(Prefill(new, new * (before + new / 2))))
+
+    arrived = ready = ended = 0.0
+    for _ in range(p.layers):
+        arrived += (fetch + p.ahead.fetch) / p.layers
+        ready = max(ready, arrived) + (decode + p.ahead.decode) / p.layers
+        ended = max(ended, ready) + (compute(first, choice) + p.ahead.compute) / p.layers
+    if p.cores is not None:
+        ended = max(ended, (work + compute(first, choice) + p.ahead.compute) / p.cores)
+    at = choice + first
+    while at < one.end + one.new:
+        size = min(p.chunk, one.end + one.new - at)
+        ended += compute(size, at)
+        at += size
+    return ended
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    link=st.floats(1e-10, 1e-6),
+    decode=st.floats(1e-7, 1e-3),
+    token=st.floats(1e-5, 1e-2),
+    runs=st.integers(1, 8),
+    new=st.integers(1, 900),
+    cores=st.sampled_from([None, 1, 2]),
+    ahead=st.floats(0, 1),
+)
+def test_the_choice_is_the_best_there_is(link, decode, token, runs, new, cores, ahead) -> None:
+    own = planner(link, decode, token, cores=cores)
+    own.ahead = Ahead(fetch=ahead, compute=ahead / 2)
+    one = turn(runs=runs, new=new)
+    plan = own.plan(one)
+    ends = {int(p): simulated(own, one, int(p)) for p in own.choices(one)}
+    assert plan.seconds == pytest.approx(ends[plan.load], rel=1e-9)
+    assert ends[plan.load] <= min(ends.values()) * 1.0101
+    later = [p for p, end in ends.items() if p > plan.load and end <= min(ends.values()) * 1.0099]
+    assert not later, "of equal ends, the one that computes least"
+
+
+def test_chunks_after_the_first_overlap_with_nothing() -> None:
+    own = planner(link=1e-6, token=1e-3, chunk=512)
+    one = turn(runs=8)
+    for choice in (4, 1000, 3000, one.end):
+        (end,), _ = own.ends(one, np.array([choice]))
+        assert end == pytest.approx(simulated(own, one, choice), rel=0.02)
+
+
+def test_the_extremes() -> None:
+    assert planner(link=1e-12, decode=1e-9).plan(turn()).load == turn().end, "nothing is free"
+    assert planner(link=1.0).plan(turn()).load == turn().device, "a dead link carries nothing"
+
+
+def test_whole_pages() -> None:
+    own = planner(link=2e-7, page=48)
+    for choice in own.choices(turn(device=0))[:-1]:
+        assert choice % 48 == 0
+
+
+def test_what_the_batch_has_already_been_given_pushes_work_to_the_other_stream() -> None:
+    own = planner(link=3e-7, decode=1e-7)
+    alone = own.plan(turn()).load
+    own.ahead = Ahead(fetch=2.0)
+    busy_link = own.plan(turn()).load
+    own.ahead = Ahead(compute=2.0)
+    busy_pass = own.plan(turn()).load
+    assert busy_link <= alone <= busy_pass
+    assert busy_link < busy_pass
+    own.take(own.plan(turn()), 100)
+    assert own.ahead.tokens == 100
+    own.next_batch()
+    assert own.ahead == Ahead()
+
+
+def test_a_link_that_slows_down_tenfold_moves_the_plan_within_three_restores() -> None:
+    own = planner(link=2e-8, decode=1e-7)
+    before = own.plan(turn()).load
+    right = planner(link=2e-7, decode=1e-7).plan(turn()).load
+    assert right < before == turn().end
+    own.load.links["memory"].observations = 20
+    loads = []
+    for _ in range(3):
+        own.load.links["memory"].observe(10**6, 0.2)
+        loads.append(own.plan(turn()).load)
+    assert loads == sorted(loads, reverse=True)
+    slow = planner(link=2e-7, decode=1e-7)
+    chosen = float(slow.ends(turn(), np.array([loads[-1]]))[0][0])
+    best = slow.plan(turn()).seconds
+    stale = float(slow.ends(turn(), np.array([before]))[0][0])
+    assert chosen < best + (stale - best) / 3
+
+
+def test_estimates_are_within_a_fifth_after_five_observations() -> None:
+    """From first values wrong by a factor of ten, with 10 % of noise."""
+    noise = np.random.default_rng(3).uniform(0.9, 1.1, 64)
+    rate, compute = Rate(1e-7), ComputeCost(1e-2, 1e-2, 1e-6)
+    shape = Prefill(64.0, 64.0 * 4000)
+    for n in range(5):
+        rate.observe(1000, 1000 * 1e-6 * noise[n])
+        compute.observe(shape, 0.05 * noise[n + 8])
+    assert rate.seconds == pytest.approx(1e-6, rel=0.2)
+    assert float(compute.seconds(shape)) == pytest.approx(0.05, rel=0.2)
+
+
+def test_a_shape_never_seen_takes_after_the_nearest_that_was() -> None:
+    compute = ComputeCost(0.0, 1e-3, 0.0)
+    compute.observe(Prefill(1024.0, 1024.0 * 512), 4.096)
+    compute.observe(Prefill(64.0, 64.0 * 32), 0.016)
+    many = compute.seconds(
+        Prefill(np.array([2048.0, 32.0, 0.0]), np.array([2048.0 * 1024, 512, 0]))
+    )
+    assert many == pytest.approx([4 * 2.048, 0.25 * 0.032, 0.0])
+
+
+def test_nothing_is_learnt_from_nothing() -> None:
+    rate, compute = Rate(2.0), ComputeCost(1.0, 1.0, 1.0)
+    rate.observe(0, 1.0)
+    rate.observe(5, 0.0)
+    compute.observe(Prefill(0.0, 0.0), 1.0)
+    compute.observe(Prefill(8.0, 8.0), 0.0)
+    assert (rate.seconds, rate.observations, compute.factors) == (2.0, 0, {})

@@ -168,6 +168,28 @@ def inspect(
         raise typer.Exit(2) from None
 
 
+@app.command()
+def trace(
+    url: Annotated[str, typer.Option(help="The server's address.")] = "http://127.0.0.1:30000",
+    limit: Annotated[int, typer.Option(min=1, max=64, help="Restores to show, the newest.")] = 1,
+    json: Annotated[bool, typer.Option("--json", help="Print the server's JSON.")] = False,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw the newest one's two lanes into this file.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="Where the server has an --admin-api-key or --api-key.")
+    ] = None,
+) -> None:
+    """Show what the last restores did and when: loading, computing, and the bubbles in both."""
+    from krul_sglang.inspection.trace import run
+
+    try:
+        run(url, limit=limit, json=json, png=png, api_key=api_key)
+    except (OSError, ValueError) as error:
+        print(f"krul trace: error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
 @app.command("cpu-host")
 def cpu_host() -> None:
     """Activate SGLang's CPU stand-ins in this environment (hosts without a GPU)."""

@@ -14,11 +14,13 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from krul_sglang.runtime import BACKEND, conversations
+from krul_sglang.runtime.restoring import TRACES
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,24 @@ def _the_one(answers: Sequence[Any]) -> dict[str, Any]:
     return {**body, "dp_rank": rank}
 
 
+def _newest_restores(cache: Any, argument: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Traces of the last restores, the newest first, with their age in seconds."""
+    limit = int(argument.get("limit", "1"))
+    if not 1 <= limit <= TRACES:
+        raise ValueError(f"limit={limit}: from 1 to {TRACES}")
+    now = time.perf_counter()
+    newest = list(cache.restores.traces)[: -limit - 1 : -1]
+    return [{"age_seconds": now - one.forward[1], **one.to_json()} for one in newest]
+
+
+def _restores_of_all(answers: Sequence[Any]) -> dict[str, Any]:
+    found = [{**one, "dp_rank": rank} for rank, answer in enumerate(answers) for one in answer]
+    found.sort(key=lambda one: one["age_seconds"])
+    return {"restores": found[: max(map(len, answers))]}
+
+
 QUESTIONS = {
+    "restores": Question("/krul/restores", _newest_restores, _restores_of_all),
     "conversations": Question("/krul/conversations", conversations.list_newest, _newest_of_all),
     "conversation": Question("/krul/conversations/{id}", conversations.find, _the_one),
 }

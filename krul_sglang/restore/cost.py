@@ -16,6 +16,9 @@ WEIGHT = 0.5
 """How much of an estimate a new measurement replaces: after a tenfold change, three of them
 leave an eighth of the error."""
 
+LEAST = 64
+"""Tokens below which a decode says more of what it costs to begin than of a token."""
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -125,5 +128,7 @@ class LoadCost:
         return rate.seconds * tokens
 
     def observe_decode(self, codec: str, tokens: float, seconds: float) -> None:
-        """``tokens`` took one thread ``seconds``."""
+        """``tokens`` took one thread ``seconds``; fewer than :data:`LEAST` teach nothing."""
+        if tokens < LEAST:
+            return
         self.codecs.setdefault(codec, Rate(0.0)).observe(tokens, seconds)

@@ -5,7 +5,10 @@ import sys
 from datetime import timedelta
 
 import torch.distributed as dist
+from kv_oracle import LAYERS
 from tree_rig import Rig
+
+from krul_sglang.runtime.restoring import LayerCounter
 
 
 def damage_on_one_rank(rig: Rig, rank: int) -> dict:
@@ -43,7 +46,35 @@ def victim_too_large_for_one_rank(rig: Rig, rank: int) -> dict:
     return {"dropped": rig.krul.counters.dropped_tokens, "nodes": len(rig.nodes())}
 
 
-SCENES = (damage_on_one_rank, budget_short_on_one_rank, victim_too_large_for_one_rank)
+def failure_under_way_on_one_rank(rig: Rig, rank: int) -> dict:
+    """A load overlaps with the pass and fails on rank 1: both start the request anew."""
+    rig.cache.restores.overlapped = True
+    rig.krul.pool.register_layer_counter(LayerCounter(rig.cache.restores, LAYERS))
+    history = list(range(100, 164))
+    rig.turn(history, answer=[1])
+    rig.evict()
+    rig.sealed()
+    if rank == 1:
+        (segment,) = rig.krul.store._segments
+        rig.damage(segment)
+    req = rig.request([*history, 5])
+    loaded, anew = [], []
+    for _ in range(2):
+        rig.match(req)
+        assert rig.admit(req)
+        loaded.append(req.prefix_len)
+        anew.append(len(rig.step([req])))
+    rig.decode(req, 6)
+    rig.finish(req)
+    return {"loaded": loaded, "anew": anew}
+
+
+SCENES = (
+    failure_under_way_on_one_rank,
+    damage_on_one_rank,
+    budget_short_on_one_rank,
+    victim_too_large_for_one_rank,
+)
 
 
 def main(rank: int, store: str) -> None:

@@ -56,3 +56,8 @@ def test_the_tighter_budget_decides(ranks) -> None:
 
 def test_a_victim_too_large_for_one_rank_is_dropped_on_both(ranks) -> None:
     assert ranks[0]["victim_too_large_for_one_rank"] == {"dropped": 64, "nodes": 0}
+
+
+def test_a_load_that_fails_under_way_on_one_rank_fails_on_both(ranks) -> None:
+    outcome = ranks[0]["failure_under_way_on_one_rank"]
+    assert outcome == {"loaded": [64, 0], "anew": [1, 0]}

@@ -157,3 +157,13 @@ def test_nothing_is_learnt_from_nothing() -> None:
     compute.observe(Prefill(0.0, 0.0), 1.0)
     compute.observe(Prefill(8.0, 8.0), 0.0)
     assert (rate.seconds, rate.observations, compute.factors) == (2.0, 0, {})
+
+
+def test_a_few_tokens_do_not_pass_for_what_tokens_cost() -> None:
+    """A load's exact head of four tokens takes as long to begin as 500."""
+    load = LoadCost(2, codecs={"lossless": Rate(1e-5)})
+    load.observe_decode("lossless", 4, 0.06)
+    assert load.decode_seconds("lossless", 100) == pytest.approx(1e-3)
+    load.observe_decode("predictive", 1000, 1.0)
+    assert load.decode_seconds("predictive", 10) == pytest.approx(1e-2)
+    assert load.decode_seconds("unknown", 10) == pytest.approx(1e-2), "as the slowest known"

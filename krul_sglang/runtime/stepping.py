@@ -54,12 +54,23 @@ def _start_anew(scheduler: Any, cache: Any, batch: Any, failed: Sequence[Pending
     for req in hit:
         release_kv_cache(req, cache, checkpoint=False)
         req.reset_for_retract()
+        _forget_hit(req)
         setattr(req, LIMIT, begin)
         if scheduler.chunked_req is req:
             scheduler.chunked_req = None
     cache.restores.totals.requeued += len(hit)
     cache.restores.parked += hit
     cache.restores.drop(failed)
+
+
+def _forget_hit(req: Any) -> None:
+    """What the request reports as cached is to be what its next attempt finds; SGLang keeps
+    the first attempt's figures, which suits a request that has begun to answer."""
+    req.host_loaded_length = 0
+    if not req.output_ids:
+        req.retracted_stain = False
+        req.cached_tokens = req.cached_tokens_device = req.cached_tokens_host = 0
+        req._cache_breakdown_computed = False
 
 
 def after_result(result: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:

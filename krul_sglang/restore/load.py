@@ -47,13 +47,6 @@ class Opened:
     pieces: Sequence[Piece]
     lost: tuple[int, ...]
 
-    def bytes_of_layers(self, layers: int) -> list[int]:
-        """Stored bytes that each layer needs beyond those below it."""
-        total = [0] * layers
-        for piece in self.pieces:
-            total = [a + b for a, b in zip(total, _layer_bytes(piece), strict=True)]
-        return total
-
 
 def _layer_bytes(piece: Piece) -> list[int]:
     """The piece's share of its segment's bytes, by layer."""
@@ -91,8 +84,6 @@ class Loader:
 
     def __init__(self, store: MemoryStore, threads: int, bandwidth: float | None = None) -> None:
         self._store = store
-        self.threads = threads
-        self.bandwidth = bandwidth
         self._pipeline = Pipeline(store.spec.layers, threads, bandwidth)
 
     def open(self, runs: Sequence[SlotRun]) -> Opened:
@@ -113,13 +104,13 @@ class Loader:
             total += run.tokens
         return Opened(total, pieces, tuple(dict.fromkeys(lost)))
 
-    def start(self, opened: Opened, sink: Sink, urgent: bool = True) -> Load:
+    def start(self, opened: Opened, sink: Sink) -> Load:
         """Begin to write all tokens of ``opened``, in order from token 0 of the sink.
 
         Never raises for bad bytes: the segments that failed are in ``Load.failed``, and the
         sink's tokens are then undefined. The sink is called from several threads.
         """
-        load = self._pipeline.new_load(opened.tokens, sink, urgent)
+        load = self._pipeline.new_load(opened.tokens, sink)
         streams = []
         for batch in _batches(opened.pieces):
             layers = zip(*map(_layer_bytes, batch), strict=True)

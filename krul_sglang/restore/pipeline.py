@@ -12,6 +12,7 @@ import heapq
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -81,14 +82,11 @@ def _is_readable(part: Part) -> bool:
 class Load:
     """One path being restored. Everything here may be asked from any thread."""
 
-    def __init__(
-        self, tokens: int, layers: int, sink: Sink, changed: threading.Condition, urgent: bool
-    ) -> None:
+    def __init__(self, tokens: int, layers: int, sink: Sink, changed: threading.Condition) -> None:
         self.tokens = tokens
         self.tokens_of: dict[str, int] = {}
         """Tokens by codec."""
         self.stored_bytes = 0
-        self.urgent = urgent
         self.trace = LoadTrace(layers)
         self.failed: list[int] = []
         """Segments that could not be read."""
@@ -151,7 +149,8 @@ class Pipeline:
         self._changed = threading.Condition()
         self._to_fetch: list[tuple[Any, Stream]] = []
         self._to_decode: list[tuple[Any, Stream]] = []
-        self._loads: set[Load] = set()  # those that are not over
+        # Whatever is not over is in a queue or in a thread's hands, which keeps it here.
+        self._loads: weakref.WeakSet[Load] = weakref.WeakSet()
         self._order = 0
         self._closed = False
         self._threads: list[threading.Thread] = []
@@ -159,9 +158,9 @@ class Pipeline:
         if bandwidth is not None:
             self._wanted.append(("krul-load-link", self._fetch_forever))
 
-    def new_load(self, tokens: int, sink: Sink, urgent: bool = True) -> Load:
-        """A load that :meth:`submit` takes. Loads that are not urgent yield to all others."""
-        return Load(tokens, self._layers, sink, self._changed, urgent)
+    def new_load(self, tokens: int, sink: Sink) -> Load:
+        """A load that :meth:`submit` takes."""
+        return Load(tokens, self._layers, sink, self._changed)
 
     def submit(self, load: Load, streams: Sequence[Stream]) -> None:
         """Start a load; with no stream it is complete."""
@@ -196,7 +195,7 @@ class Pipeline:
     def _push(self, queue: list[tuple[Any, Stream]], stream: Stream) -> None:
         self._order += 1
         layer = stream.fetched if queue is self._to_fetch else stream.decoded
-        heapq.heappush(queue, ((not stream.load.urgent, layer, self._order), stream))
+        heapq.heappush(queue, ((layer, self._order), stream))
 
     # ---- the link --------------------------------------------------------------
 
@@ -253,8 +252,6 @@ class Pipeline:
                     load.failed += bad
                 else:
                     self._advance(stream, began, ended, event)
-                if load._is_over():
-                    self._loads.discard(load)
                 self._changed.notify_all()
             del stream, load
 
@@ -284,7 +281,7 @@ class Pipeline:
         with self._changed:
             self._closed = True
             for load in self._loads:
-                load.cancelled = True
+                load.cancelled = load._reached < self._layers
             self._wanted.clear()
             self._changed.notify_all()
         for thread in self._threads:

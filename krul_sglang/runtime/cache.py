@@ -190,9 +190,12 @@ class KrulRadixCache(UnifiedRadixCache):
             return device + int(stored * (1 - fraction))
         if req is None or not stored:
             return device + stored
-        nodes = [node for node in self.path(result.best_match_node) if node.evicted]
-        ids = torch.cat([full_data(node).host_value for node in reversed(nodes)])
-        return self.restores.plan(req, device, ids, len(req.full_untruncated_fill_ids))
+        if not hasattr(req, PLAN):
+            nodes = [node for node in self.path(result.best_match_node) if node.evicted]
+            ids = torch.cat([full_data(node).host_value for node in reversed(nodes)])
+            total = len(req.full_untruncated_fill_ids)
+            setattr(req, PLAN, self.restores.plan(device, ids, total))
+        return max(device, min(device + stored, getattr(req, PLAN)))
 
     def _note_match(self, req: Any, result: MatchResult, matched: int) -> None:
         served = result.device_prefix_len + result.host_hit_length

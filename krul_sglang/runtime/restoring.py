@@ -37,7 +37,7 @@ given up: its tokens are computed instead."""
 TRACES = 64
 """Restores whose traces are kept."""
 
-# Set on a request: the plan it keeps until it is admitted.
+# Set on a request: how many leading tokens it is to take from the tree, until it is admitted.
 PLAN = "krul_plan"
 # Set on a request: how many leading tokens it may take from the tree, after a load failed.
 LIMIT = "krul_limit"
@@ -144,21 +144,12 @@ class Restores:
             runs.append(StoredRun(run.tokens, whole * run.tokens // tokens, codec))
         return runs
 
-    def plan(self, req: Any, device: int, ids: torch.Tensor, total: int) -> int:
-        """How many tokens of its history a request takes from the tree: the same on all
-        ranks, and the same until the request is admitted.
-
-        ids: slot ids behind the ``device`` tokens; total: tokens of the request.
-        """
-        end = device + ids.numel()
-        plan = getattr(req, PLAN, None)
-        if plan is None:
-            turn = Turn(device, self.stored_runs(ids), total - end)
-            plan = self._krul.planner.plan(turn)
-            (load,) = self._cache.agree([plan.load])
-            plan = Plan(load, plan.seconds, plan.fetch, plan.decode, plan.compute)
-            setattr(req, PLAN, plan)
-        return max(device, min(end, plan.load))
+    def plan(self, device: int, ids: torch.Tensor, total: int) -> int:
+        """How many leading tokens of a request are best taken from the tree; the same on all
+        ranks. ids: slot ids behind the ``device`` tokens; total: tokens of the request."""
+        turn = Turn(device, self.stored_runs(ids), total - device - ids.numel())
+        (load,) = self._cache.agree([self._krul.planner.plan(turn).load])
+        return load
 
     def _expected(self, device: int, ids: torch.Tensor, new: int) -> Plan:
         """What loading all of ``ids`` is expected to take."""

@@ -47,15 +47,16 @@ def _start_anew(scheduler: Any, cache: Any, batch: Any, failed: Sequence[Pending
     from sglang.srt.mem_cache.common import release_kv_cache
 
     hit = [req for req in batch.reqs if reads(cache, req, failed)]
+    begin = min(one.begin for one in failed)
+    for req in hit:
+        setattr(req, LIMIT, begin)
     if hit and batch.return_logprob:
         # The results of a batch lie one after the other: none can be left out.
         hit = list(batch.reqs)
-    begin = min(one.begin for one in failed)
     for req in hit:
         release_kv_cache(req, cache, checkpoint=False)
         req.reset_for_retract()
         _forget_hit(req)
-        setattr(req, LIMIT, begin)
         if scheduler.chunked_req is req:
             scheduler.chunked_req = None
     cache.restores.totals.requeued += len(hit)

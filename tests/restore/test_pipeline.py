@@ -26,10 +26,10 @@ class Recorder:
         return sink
 
 
-def start(loader: Loader, ids: torch.Tensor, sink, **options):
+def start(loader: Loader, ids: torch.Tensor, sink):
     opened = loader.open(slot_runs(ids))
     assert not opened.lost
-    return loader.start(opened, sink, **options)
+    return loader.start(opened, sink)
 
 
 def test_a_link_brings_the_layers_of_all_loads_in_order(stored) -> None:
@@ -62,25 +62,13 @@ def test_bytes_take_their_time_on_the_link(stored) -> None:
     load = start(loader, stored.ids, seen.of("a"))
     assert load.wait(20)
     due = 0.0
-    for layer, nbytes in enumerate(loader.open(slot_runs(stored.ids)).bytes_of_layers(3)):
-        due += nbytes / 20_000.0
+    readers = [stored.store.open(segment) for segment in stored.segments]
+    for layer, each in enumerate(zip(*(reader.layer_bytes() for reader in readers), strict=True)):
+        due += sum(each) / 20_000.0
         for begin, _ in load.trace.decodes[layer][-1:]:
             assert begin - load.trace.began >= due * 0.999
     assert load.trace.bytes == load.stored_bytes == sum(s.stored_bytes for s in stored.segments)
     assert load.trace.fetch_seconds == pytest.approx(due, rel=0.3)
-
-
-def test_what_is_not_urgent_yields(stored) -> None:
-    assert stored.store.wait_sealed(20)
-    whole = sum(segment.stored_bytes for segment in stored.segments)
-    loader, seen = stored.loader(threads=1, bandwidth=whole / 0.2), Recorder()
-    early = start(loader, stored.ids, seen.of("early"), urgent=False)
-    late = start(loader, stored.ids, seen.of("late"))
-    assert early.wait(20)
-    assert late.ok
-    names = [name for name, _, _ in seen.writes]
-    assert names.index("late") <= 1
-    assert names[-8:] == ["early"] * 8
 
 
 def test_a_layer_can_be_used_before_the_next_one_is_there(stored) -> None:

@@ -5,14 +5,15 @@ import sys
 from datetime import timedelta
 
 import torch.distributed as dist
+from batches import step
 from kv_oracle import LAYERS
 from tree_rig import Rig
 
 from krul_sglang.runtime.restoring import LayerCounter
 
 
-def damage_on_one_rank(rig: Rig, rank: int) -> dict:
-    """Rank 1's copy is bad: neither rank may use its own."""
+def stored_and_damaged(rig: Rig, rank: int) -> list[int]:
+    """A conversation of one segment that has left the device; rank 1's copy is bad."""
     history = list(range(100, 164))
     rig.turn(history, answer=[1])
     rig.evict()
@@ -20,6 +21,12 @@ def damage_on_one_rank(rig: Rig, rank: int) -> dict:
     if rank == 1:
         (segment,) = rig.krul.store._segments
         rig.damage(segment)
+    return history
+
+
+def damage_on_one_rank(rig: Rig, rank: int) -> dict:
+    """Rank 1's copy is bad: neither rank may use its own."""
+    history = stored_and_damaged(rig, rank)
     missed = rig.turn([*history, 5], answer=[2])
     rig.evict()
     rig.sealed()
@@ -50,20 +57,14 @@ def failure_under_way_on_one_rank(rig: Rig, rank: int) -> dict:
     """A load overlaps with the pass and fails on rank 1: both start the request anew."""
     rig.cache.restores.overlapped = True
     rig.krul.pool.register_layer_counter(LayerCounter(rig.cache.restores, LAYERS))
-    history = list(range(100, 164))
-    rig.turn(history, answer=[1])
-    rig.evict()
-    rig.sealed()
-    if rank == 1:
-        (segment,) = rig.krul.store._segments
-        rig.damage(segment)
+    history = stored_and_damaged(rig, rank)
     req = rig.request([*history, 5])
     loaded, anew = [], []
     for _ in range(2):
         rig.match(req)
         assert rig.admit(req)
         loaded.append(req.prefix_len)
-        anew.append(len(rig.step([req])))
+        anew.append(len(step(rig, [req])))
     rig.decode(req, 6)
     rig.finish(req)
     return {"loaded": loaded, "anew": anew}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from types import SimpleNamespace
 
 import torch
 from kv_oracle import DIM, HEADS, LAYERS, RoundingCodec, assert_plausible, oracle
@@ -22,7 +21,6 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
@@ -31,13 +29,12 @@ from krul_sglang.config import KrulConfig
 from krul_sglang.restore.cost import ComputeCost, LoadCost
 from krul_sglang.restore.load import Loader
 from krul_sglang.restore.planner import Planner
-from krul_sglang.runtime import marks, stepping
+from krul_sglang.runtime import marks
 from krul_sglang.runtime.cache import Krul, KrulRadixCache
 from krul_sglang.runtime.component import KrulFullComponent
 from krul_sglang.runtime.exact import LOSSY_TOKENS
 from krul_sglang.runtime.marks import full_data
 from krul_sglang.runtime.pool import PoolView
-from krul_sglang.runtime.restoring import reads
 from krul_sglang.runtime.state import Counters
 from krul_sglang.store.memory import MemoryStore
 from krul_sglang.store.segment import SegmentState
@@ -215,61 +212,6 @@ class Rig:
             self.kvcache.k_buffer[layer][rows] = values[0, layer, begin:]
             self.kvcache.v_buffer[layer][rows] = values[1, layer, begin:]
         req.kv.kv_committed_len = end
-
-    def step(self, reqs: list[Req], logprob: bool = False) -> list[Req]:
-        """One batch of prefills through Krul's hooks, its results included. Returns the
-        requests that are to start anew, which SGLang would schedule again."""
-        batch = SimpleNamespace(
-            forward_mode=ForwardMode.EXTEND,
-            reqs=list(reqs),
-            prefix_lens=[req.prefix_len for req in reqs],
-            extend_lens=[len(req.full_untruncated_fill_ids) - req.prefix_len for req in reqs],
-            return_logprob=logprob,
-            is_empty=lambda: not batch.reqs,
-            filter_batch=lambda reqs_to_exclude: batch.reqs.__setitem__(
-                slice(None), [req for req in batch.reqs if req not in reqs_to_exclude]
-            ),
-        )
-        scheduler = SimpleNamespace(tree_cache=self.cache, chunked_req=None, waiting_queue=[])
-
-        def forward(*_):
-            for layer in range(LAYERS):
-                self.kvcache.get_key_buffer(layer)
-                self.kvcache.get_value_buffer(layer)
-            failed = [
-                one
-                for one in self.cache.restores.pending
-                if not one.load.wait(20) or not one.load.ok
-            ]
-            for req in reqs:
-                if reads(self.cache, req, failed):
-                    self._hold(req)
-                else:
-                    self.prefill(req)
-
-        stepping.run_batch(forward, scheduler, batch)
-        for req in reqs:
-            if not req.is_retracted:
-                req.output_ids.append(77)
-                self.checkpoint(req)
-        stepping.after_result(None, scheduler, batch)
-        stepping.before_next_batch(scheduler, running_batch=None, last_batch=batch)
-        again = scheduler.waiting_queue
-        assert batch.reqs == [req for req in reqs if req not in again]
-        self.running = [req for req in self.running if req not in again]
-        assert not self.cache.restores.pending
-        assert not self.cache.restores.parked
-        return again
-
-    def _hold(self, req: Req) -> None:
-        """As :meth:`prefill`, on rows that say nothing: neither they nor its own are looked at."""
-        prefix = self.cache.prefix_device_indices(req)
-        self.req_to_token_pool.alloc([req])
-        row = (req.kv.req_pool_idx, slice(0, req.prefix_len))
-        self.req_to_token_pool.write(row, prefix.to(torch.int32))
-        end = len(req.full_untruncated_fill_ids)
-        self._alloc(req, end)
-        req.kv.kv_committed_len = req.extend_end = end
 
     def checkpoint(self, req: Req) -> None:
         checkpoint_kv_cache(req, self.cache)

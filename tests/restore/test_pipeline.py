@@ -1,7 +1,6 @@
 """The pipeline: layers in order, loads of a batch side by side, and every way to end."""
 
 import threading
-import time
 from itertools import pairwise
 
 import pytest
@@ -98,7 +97,8 @@ def test_nothing_is_written_after_a_cancel(stored) -> None:
         assert gate.wait(20)
         writes.append(layer)
 
-    load = start(stored.loader(threads=1), stored.ids, sink)
+    loader = stored.loader(threads=1)
+    load = start(loader, stored.ids, sink)
     assert inside.wait(20)
     threading.Timer(0.1, gate.set).start()
     load.cancel()
@@ -106,7 +106,7 @@ def test_nothing_is_written_after_a_cancel(stored) -> None:
     assert load.over
     assert not load.ok
     assert load.wait_layer(2, 1), "whoever waits for a layer goes on"
-    time.sleep(0.05)
+    loader.close()  # joins the threads
     assert len(writes) == 1
 
 

@@ -19,13 +19,14 @@ HISTORY = list(range(100, 140))
 
 
 class Faults:
-    """Where the next reads go wrong. gate: a read of ``layer`` waits for it. encoded: set by
-    every encoding."""
+    """Where the next reads go wrong. gate: a read of ``layer`` waits for it, and says so by
+    setting ``at_gate``. encoded: set by every encoding."""
 
     def __init__(self) -> None:
         self.layer: int | None = None
         self.error: type[Exception] = CodecError
         self.gate: threading.Event | None = None
+        self.at_gate = threading.Event()
         self.encoded = threading.Event()
 
 
@@ -45,6 +46,7 @@ class FaultyReader(SegmentReader):
             if layer == self._faults.layer:
                 if self._faults.gate is None:
                     raise self._faults.error("as asked")
+                self._faults.at_gate.set()
                 self._faults.gate.wait(20)
             yield found
 
@@ -260,6 +262,7 @@ def test_a_flush_gives_loads_up(rig, faults) -> None:
     faults.layer, faults.gate = 1, threading.Event()
     req = returning(rig, 7)
     rig.abort(req)
+    assert faults.at_gate.wait(20)
     threading.Timer(0.1, faults.gate.set).start()
     rig.cache.reset()
     assert not rig.cache.restores.pending

@@ -187,7 +187,7 @@ class KrulConfig:
         "{auto,never,FRACTION}",
         "How much of a stored history is recomputed instead of loaded: `auto` weighs both by "
         "what they have cost on this server, `never` loads all of it, a fraction recomputes "
-        "that share of its tokens (from the end).",
+        "that share of its tokens (from the end). What is never loaded is not stored either.",
     )
     profile: Path | None = _setting(
         None,

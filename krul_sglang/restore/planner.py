@@ -29,6 +29,11 @@ INDIFFERENT = 0.01
 """Ends that differ by less than this share are the same."""
 
 
+def block(span: int) -> int:
+    """Tokens between two choices of p where there are ``span`` to choose from."""
+    return max(BLOCK, -(-span // CHOICES))
+
+
 @dataclass(frozen=True)
 class StoredRun:
     """Tokens that are stored as one, in the order of the history."""
@@ -95,9 +100,7 @@ class Planner:
 
     def choices(self, turn: Turn) -> np.ndarray:
         """Every p that is tried, ascending, whole pages."""
-        span = turn.end - turn.device
-        step = max(BLOCK, -(-span // CHOICES))
-        step = -(-step // self.page) * self.page
+        step = -(-block(turn.end - turn.device) // self.page) * self.page
         return np.append(np.arange(turn.device, turn.end, step), turn.end)
 
     def plan(self, turn: Turn) -> Plan:

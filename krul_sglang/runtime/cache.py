@@ -32,12 +32,12 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from krul_sglang.config import KrulConfig
 from krul_sglang.restore.load import Loader, Opened
 from krul_sglang.restore.planner import Planner
-from krul_sglang.runtime import backup, marks, selection
+from krul_sglang.runtime import backup, marks, selection, truncation
 from krul_sglang.runtime.access import AccessClock
 from krul_sglang.runtime.exact import LOSSY_TOKENS, MISSED, RECOMPUTED, demands_exact
 from krul_sglang.runtime.marks import full_data
 from krul_sglang.runtime.pool import PoolView
-from krul_sglang.runtime.restoring import LIMIT, PLAN, Restores
+from krul_sglang.runtime.restoring import LIMIT, Restores
 from krul_sglang.runtime.state import Counters, Metrics
 from krul_sglang.runtime.taps import Taps
 from krul_sglang.store.memory import MemoryStore
@@ -163,7 +163,7 @@ class KrulRadixCache(UnifiedRadixCache):
         """How many matched tokens this request may be served from, in whole pages."""
         device = result.device_prefix_len
         matched = device + result.host_hit_length
-        usable = self._planned_length(req, result)
+        usable = self.restores.wanted_length(req, result)
         limit = getattr(req, LIMIT, matched)
         exact, missed = self.krul.selector is not None and demands_exact(req), False
         if exact or self.krul.store.lost_count:
@@ -181,21 +181,6 @@ class KrulRadixCache(UnifiedRadixCache):
         if req is not None:
             setattr(req, MISSED, missed)
         return usable // self.page_size * self.page_size
-
-    def _planned_length(self, req: Any, result: MatchResult) -> int:
-        """How much of the match is worth taking, the rest being computed sooner."""
-        device, stored = result.device_prefix_len, result.host_hit_length
-        fraction = self.krul.config.recompute_fraction
-        if fraction is not None:
-            return device + int(stored * (1 - fraction))
-        if req is None or not stored:
-            return device + stored
-        if not hasattr(req, PLAN):
-            nodes = [node for node in self.path(result.best_match_node) if node.evicted]
-            ids = torch.cat([full_data(node).host_value for node in reversed(nodes)])
-            total = len(req.full_untruncated_fill_ids)
-            setattr(req, PLAN, self.restores.plan(device, ids, total))
-        return max(device, min(device + stored, getattr(req, PLAN)))
 
     def _note_match(self, req: Any, result: MatchResult, matched: int) -> None:
         served = result.device_prefix_len + result.host_hit_length
@@ -216,7 +201,12 @@ class KrulRadixCache(UnifiedRadixCache):
             setattr(req, RECOMPUTED, 0)
             self.krul.counters.recomputed_tokens += recomputed
             self.krul.counters.misses += getattr(req, MISSED, False)
-        req.__dict__.pop(PLAN, None)
+        self.restores.decided(req)
+        self._checkpoint(req, up_to, **kwargs)
+        if req.finished():
+            truncation.cut(self, req)
+
+    def _checkpoint(self, req: Any, up_to: int, **kwargs: Any) -> None:
         if self.krul.selector is None:
             super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
             return
@@ -284,6 +274,17 @@ class KrulRadixCache(UnifiedRadixCache):
         self.krul.counters.evict_seconds += time.perf_counter() - began
         self.publish()
         return result
+
+    def _evict_device_leaf(self, node_id: int, tracker: dict) -> Any:
+        """Stock, but a node that is not worth storing leaves the tree instead."""
+        node = self.tree_core.node_by_id(node_id)
+        if not marks.is_unwanted(node) or node.backuped or node.children:
+            return super()._evict_device_leaf(node_id, tracker)
+        self.krul.counters.unstored_tokens += len(node.key)
+        result = self.tree_core.evict_device_leaf(node_id, False)
+        self._apply_eviction_result(result)
+        self._accumulate_tracker(tracker, result.tracker)
+        return result.backup_kv
 
     def _execute_and_commit_kv_backup(self, action: Any, write_back: bool = False) -> int:
         """Back nodes up; returns the last one's tokens, 0 as soon as one fails."""

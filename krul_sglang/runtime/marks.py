@@ -7,7 +7,9 @@ the node's component metadata and follow it through split, restore and re-evicti
 A third mark, of the same form, says from which token on the device rows were decoded
 from a lossy segment: encoding those once more would lose quality a second time.
 
-A node that has yet to be stored may also carry what was measured of its tokens.
+A node that has yet to be stored may also carry what was measured of its tokens, or that it
+is not worth storing (:mod:`.truncation`); the last one that is worth it then carries how long
+its conversation was.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ DEVICE = "krul_exact_on_device"
 STORED = "krul_exact_in_store"
 FIRST_HAND = "krul_first_hand_on_device"
 TAG = "krul_measured"
+UNWANTED = "krul_not_worth_storing"
+HISTORY = "krul_history"
 
 
 def full_data(node: Any) -> Any:
@@ -76,6 +80,32 @@ def tag_of(node: Any) -> Measured | None:
     return full_data(node).metadata.get(TAG)
 
 
+def unwant(node: Any) -> None:
+    """The node's tokens are not to be stored: a restore would compute them anyway."""
+    full_data(node).metadata[UNWANTED] = True
+
+
+def want(node: Any) -> None:
+    """The node's tokens are to be stored like any other's, and nothing behind it is missing."""
+    for mark in (UNWANTED, HISTORY):
+        full_data(node).metadata.pop(mark, None)
+
+
+def is_unwanted(node: Any) -> bool:
+    """Whether the node's tokens are not worth storing."""
+    return UNWANTED in full_data(node).metadata
+
+
+def keep_history(node: Any, tokens: int) -> None:
+    """What follows the node is not stored; its conversation had ``tokens``."""
+    full_data(node).metadata[HISTORY] = tokens
+
+
+def history(node: Any) -> int:
+    """Tokens of the conversation whose stored part the node ends, 0 where nothing is missing."""
+    return full_data(node).metadata.get(HISTORY, 0)
+
+
 def forget_stored(node: Any) -> None:
     """The node has no stored copy any more."""
     full_data(node).metadata.pop(STORED, None)
@@ -89,6 +119,8 @@ def split(parent: Any, child: Any) -> None:
         if exact is not None:
             _set(parent, mark, min(exact, length))
             _set(child, mark, max(0, exact - length))
+    if is_unwanted(child):
+        unwant(parent)
     measured = full_data(child).metadata.pop(TAG, None)
     if measured is not None:
         tag(parent, measured.cut(0, length))

@@ -17,14 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from krul_sglang.restore.boundary import Boundary
 from krul_sglang.restore.load import RAW
 from krul_sglang.restore.planner import Plan, StoredRun, Turn
 from krul_sglang.restore.trace import LoadTrace, RestoreTrace
+from krul_sglang.runtime import truncation
 from krul_sglang.runtime.exact import RECOMPUTED
 from krul_sglang.runtime.marks import full_data
 from krul_sglang.store.slots import SlotRun, slot_runs
 
 if TYPE_CHECKING:
+    from sglang.srt.mem_cache.base_prefix_cache import MatchResult
+
     from krul_sglang.restore.load import Opened
     from krul_sglang.restore.pipeline import Load
     from krul_sglang.runtime.cache import KrulRadixCache
@@ -37,7 +41,7 @@ given up: its tokens are computed instead."""
 TRACES = 64
 """Restores whose traces are kept."""
 
-# Set on a request: how many leading tokens it is to take from the tree, until it is admitted.
+# Set on a request until it is admitted: what it is to take from the tree (truncation.Planned).
 PLAN = "krul_plan"
 # Set on a request: how many leading tokens it may take from the tree, after a load failed.
 LIMIT = "krul_limit"
@@ -124,6 +128,7 @@ class Restores:
         self.pending: list[Pending] = []
         self.traces: deque[RestoreTrace] = deque(maxlen=TRACES)
         self.totals = Totals()
+        self.boundary = Boundary()
         self.parked: list[Any] = []
         """Requests that start anew and wait for their last results to be dropped."""
         self._pass: Pass | None = None
@@ -144,6 +149,24 @@ class Restores:
             runs.append(StoredRun(run.tokens, whole * run.tokens // tokens, codec))
         return runs
 
+    def wanted_length(self, req: Any, result: MatchResult) -> int:
+        """How much of a match is worth taking, the rest being computed sooner."""
+        device, stored = result.device_prefix_len, result.host_hit_length
+        fraction = self._krul.config.recompute_fraction
+        end = device + stored
+        if not stored or (fraction is None and req is None):
+            return end
+        last = self._cache.tree_core.node_by_id(result.best_match_node)
+        history = truncation.history_of(last, end)
+        if fraction is not None:
+            return min(end, device + int((history - device) * (1 - fraction)))
+        if not hasattr(req, PLAN):
+            nodes = [node for node in self._cache.path(last.id) if node.evicted]
+            ids = torch.cat([full_data(node).host_value for node in reversed(nodes)])
+            load = self.plan(device, ids, len(req.full_untruncated_fill_ids))
+            setattr(req, PLAN, truncation.Planned(load, end, history))
+        return max(device, min(end, getattr(req, PLAN).load))
+
     def plan(self, device: int, ids: torch.Tensor, total: int) -> int:
         """How many leading tokens of a request are best taken from the tree; the same on all
         ranks. ids: slot ids behind the ``device`` tokens; total: tokens of the request."""
@@ -158,6 +181,12 @@ class Restores:
         ends, parts = planner.ends(turn, planner.choices(turn)[-1:])
         fetch, decode, compute = (float(part[0]) for part in parts)
         return Plan(turn.end, float(ends[0]), fetch, decode, compute)
+
+    def decided(self, req: Any) -> None:
+        """The request was admitted with what was planned for it, if anything."""
+        planned = req.__dict__.pop(PLAN, None)
+        if planned is not None:
+            self.boundary.observe(planned.load, planned.stored, planned.history)
 
     # ---- loading ---------------------------------------------------------------
 
@@ -182,7 +211,7 @@ class Restores:
         self._krul.store.hold_back(True)
         self._krul.planner.take(plan, total - end)
         if req is not None:
-            req.__dict__.pop(PLAN, None)
+            self.decided(req)
 
     def wait_layer(self, layer: int) -> None:
         """Let the running pass wait for a layer of every pending load."""

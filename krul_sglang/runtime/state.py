@@ -17,6 +17,7 @@ class Counters:
 
     evicted_tokens: int = 0
     dropped_tokens: int = 0
+    unstored_tokens: int = 0
     restored_tokens: int = 0
     recomputed_tokens: int = 0
     restores: int = 0
@@ -40,6 +41,10 @@ def block(cache: Any) -> dict[str, Any]:
         "ratio": None if ratio is None else round(ratio, 3),
         "evicted_tokens": counters.evicted_tokens,
         "dropped_tokens": counters.dropped_tokens,
+        "unstored_tokens": counters.unstored_tokens,
+        "unstored_bytes": round(
+            counters.unstored_tokens * krul.pool.spec.token_bytes / (ratio or 1)
+        ),
         "restored_tokens": counters.restored_tokens,
         "recomputed_tokens": counters.recomputed_tokens,
         "restores": counters.restores,
@@ -72,6 +77,7 @@ def restoring(cache: Any) -> dict[str, Any]:
         "failed": totals.failed,
         "late": totals.late,
         "requeued": totals.requeued,
+        "stored_share": round(cache.restores.boundary.share, 4),
         "cost": {
             "link_bytes_per_second": {
                 tier: round(1 / rate.seconds) for tier, rate in planner.load.links.items()
@@ -125,6 +131,7 @@ GAUGES = {
 COUNTERS = {
     "evicted_tokens": "Tokens evicted from the device into the store.",
     "dropped_tokens": "Tokens evicted without being stored.",
+    "unstored_tokens": "Tokens evicted and not stored, as a restore would recompute them anyway.",
     "restored_tokens": "Tokens restored from the store.",
     "recomputed_tokens": "Stored tokens that were recomputed instead.",
     "restores": "Restores.",

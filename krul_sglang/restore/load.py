@@ -104,19 +104,25 @@ class Loader:
             total += run.tokens
         return Opened(total, pieces, tuple(dict.fromkeys(lost)))
 
-    def start(self, opened: Opened, sink: Sink) -> Load:
-        """Begin to write all tokens of ``opened``, in order from token 0 of the sink.
+    def start(self, opened: Opened, sink: Sink, urgent: bool = True) -> Load:
+        """Begin to write all tokens of ``opened``, in order from token 0 of the sink; after all
+        other loads if it is not urgent.
 
         Never raises for bad bytes: the segments that failed are in ``Load.failed``, and the
         sink's tokens are then undefined. The sink is called from several threads.
         """
-        load = self._pipeline.new_load(opened.tokens, sink)
+        load = self._pipeline.new_load(opened.tokens, sink, urgent)
         streams = []
         for batch in _batches(opened.pieces):
             layers = zip(*map(_layer_bytes, batch), strict=True)
             streams.append(Stream(load, batch, [sum(layer) for layer in layers]))
         self._pipeline.submit(load, streams)
         return load
+
+    def redirect(self, load: Load, sink: Sink) -> None:
+        """From now on ``load`` is urgent and writes to ``sink``; when this returns, nothing
+        more is written to the old one."""
+        self._pipeline.redirect(load, sink)
 
     def load(self, runs: Sequence[SlotRun], sink: Sink) -> LoadOutcome:
         """Open ``runs``, write all their tokens and wait for it. A segment that cannot be

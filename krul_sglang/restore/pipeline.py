@@ -3,7 +3,8 @@
 Two stages, each a queue: the link brings a stream's bytes, then threads decode them and hand
 the layer to the sink. Both take the lowest layer first, whichever load it belongs to, so that
 a forward pass that waits for layer after layer finds them in its order, for all requests of
-its batch alike. Decompression and copies release the GIL.
+its batch alike; loads that no pass waits for yet come last. Decompression and copies release
+the GIL.
 """
 
 from __future__ import annotations
@@ -79,6 +80,10 @@ def _is_readable(part: Part) -> bool:
     return True
 
 
+# A stream's place: those that nobody waits for last, then by layer, then as they came.
+Queued = tuple[tuple[bool, int, int], Stream]
+
+
 class Load:
     """One path being restored. Everything here may be asked from any thread."""
 
@@ -91,13 +96,15 @@ class Load:
         self.failed: list[int] = []
         """Segments that could not be read."""
         self.cancelled = False
-        self._sink = sink
+        self.urgent = True
+        """Whether someone waits for it; loads that nobody waits for yet come after the others."""
+        self._sinks = [sink]
         self._changed = changed
         self._layers = layers
         self._missing = [0] * layers  # streams that have yet to write the layer
         self._events: list[list[Any]] = [[] for _ in range(layers)]
         self._reached = 0  # layers that all streams have written
-        self._writing = 0  # threads that are inside the sink
+        self._writing = [0]  # threads that are inside each sink
 
     @property
     def over(self) -> bool:
@@ -107,7 +114,7 @@ class Load:
 
     def _is_over(self) -> bool:
         ended = self._reached == self._layers or self.failed or self.cancelled
-        return bool(ended) and self._writing == 0
+        return bool(ended) and not any(self._writing)
 
     @property
     def ok(self) -> bool:
@@ -136,7 +143,7 @@ class Load:
         with self._changed:
             self.cancelled = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._writing == 0)
+            self._changed.wait_for(lambda: not any(self._writing))
 
 
 class Pipeline:
@@ -147,8 +154,8 @@ class Pipeline:
         self._layers = layers
         self._bandwidth = bandwidth
         self._changed = threading.Condition()
-        self._to_fetch: list[tuple[Any, Stream]] = []
-        self._to_decode: list[tuple[Any, Stream]] = []
+        self._to_fetch: list[Queued] = []
+        self._to_decode: list[Queued] = []
         # Whatever is not over is in a queue or in a thread's hands, which keeps it here.
         self._loads: weakref.WeakSet[Load] = weakref.WeakSet()
         self._order = 0
@@ -158,9 +165,23 @@ class Pipeline:
         if bandwidth is not None:
             self._wanted.append(("krul-load-link", self._fetch_forever))
 
-    def new_load(self, tokens: int, sink: Sink) -> Load:
+    def new_load(self, tokens: int, sink: Sink, urgent: bool = True) -> Load:
         """A load that :meth:`submit` takes."""
-        return Load(tokens, self._layers, sink, self._changed)
+        load = Load(tokens, self._layers, sink, self._changed)
+        load.urgent = urgent
+        return load
+
+    def redirect(self, load: Load, sink: Sink) -> None:
+        """From now on ``load`` is urgent and writes to ``sink``; when this returns, no thread
+        is inside the old one."""
+        with self._changed:
+            load.urgent = True
+            load._sinks.append(sink)
+            load._writing.append(0)
+            for queue in (self._to_fetch, self._to_decode):
+                queue[:] = [(self._place(queue, order, own), own) for (_, _, order), own in queue]
+                heapq.heapify(queue)
+            self._changed.wait_for(lambda: load._writing[-2] == 0)
 
     def submit(self, load: Load, streams: Sequence[Stream]) -> None:
         """Start a load; with no stream it is complete."""
@@ -192,10 +213,13 @@ class Pipeline:
             self._threads.append(thread)
             thread.start()
 
-    def _push(self, queue: list[tuple[Any, Stream]], stream: Stream) -> None:
+    def _push(self, queue: list[Queued], stream: Stream) -> None:
         self._order += 1
+        heapq.heappush(queue, (self._place(queue, self._order, stream), stream))
+
+    def _place(self, queue: list[Queued], order: int, stream: Stream) -> tuple[bool, int, int]:
         layer = stream.fetched if queue is self._to_fetch else stream.decoded
-        heapq.heappush(queue, ((layer, self._order), stream))
+        return not stream.load.urgent, layer, order
 
     # ---- the link --------------------------------------------------------------
 
@@ -224,7 +248,7 @@ class Pipeline:
     def _is_vain(self, load: Load) -> bool:
         return self._closed or load.cancelled or bool(load.failed)
 
-    def _next(self, queue: list[tuple[Any, Stream]]) -> Stream | None:
+    def _next(self, queue: list[Queued]) -> Stream | None:
         with self._changed:
             self._changed.wait_for(lambda: queue or self._closed)
             return None if self._closed else heapq.heappop(queue)[1]
@@ -237,17 +261,18 @@ class Pipeline:
             with self._changed:
                 if load.cancelled or load.failed:
                     continue
-                load._writing += 1
+                sink = len(load._sinks) - 1
+                load._writing[sink] += 1
             event, error = None, None
             began = time.perf_counter()
             try:
-                event = stream.decode(load._sink)
+                event = stream.decode(load._sinks[sink])
             except Exception as failure:
                 error = failure
             ended = time.perf_counter()
             bad = [] if error is None else self._why(stream, error)
             with self._changed:
-                load._writing -= 1
+                load._writing[sink] -= 1
                 if bad:
                     load.failed += bad
                 else:

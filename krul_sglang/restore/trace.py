@@ -53,11 +53,9 @@ class LoadTrace:
         return sum(self.codec_seconds.values())
 
     @property
-    def seconds(self) -> float:
-        """From the beginning until the last tokens were written."""
-        return max((end for layer in self.decodes for _, end in layer), default=self.began) - (
-            self.began
-        )
+    def ended(self) -> float:
+        """When the last tokens were written."""
+        return max((end for layer in self.decodes for _, end in layer), default=self.began)
 
 
 def covered(spans: Iterable[Span]) -> float:
@@ -71,7 +69,8 @@ def covered(spans: Iterable[Span]) -> float:
 
 @dataclass
 class RestoreTrace:
-    """One forward pass and the loads it waited for.
+    """One forward pass and the loads it waited for; what was loaded while the request was in
+    the queue lies before the beginning.
 
     waits: per layer, when the forward pass came to it and when it could go on (both the same
         where it did not wait); the first comes when the pass has begun.

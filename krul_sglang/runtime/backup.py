@@ -95,8 +95,8 @@ def _is_above_branch(node: Any) -> bool:
 def _make_room(cache: KrulRadixCache, nbytes: int, tokens: int) -> bool:
     """Fit ``nbytes`` of raw staging under the budget; the same answer on every rank.
 
-    Waits for the encoder first (raw is several times the sealed size), then asks the
-    tree to let stored leaves go, oldest first.
+    Gives up what was prefetched and waits for the encoder first (raw is several times the
+    sealed size), then asks the tree to let stored leaves go, oldest first.
     """
     store, agree = cache.krul.store, cache.agree
     needed = nbytes + tokens * SLOT_BYTES + RECORD_BYTES
@@ -112,6 +112,7 @@ def _make_room(cache: KrulRadixCache, nbytes: int, tokens: int) -> bool:
         excess, victims = agree([excess, _tokens_worth(cache, excess)])
         if excess <= 0:
             return True
+        cache.restores.prefetches.drop_all()
         if not waited:
             store.wait_sealed(STAGING_WAIT_SECONDS)
             waited = True

@@ -163,7 +163,7 @@ class KrulRadixCache(UnifiedRadixCache):
         """How many matched tokens this request may be served from, in whole pages."""
         device = result.device_prefix_len
         matched = device + result.host_hit_length
-        usable = self.restores.wanted_length(req, result)
+        usable = self.restores.plans.wanted_length(req, result)
         limit = getattr(req, LIMIT, matched)
         exact, missed = self.krul.selector is not None and demands_exact(req), False
         if exact or self.krul.store.lost_count:
@@ -201,7 +201,7 @@ class KrulRadixCache(UnifiedRadixCache):
             setattr(req, RECOMPUTED, 0)
             self.krul.counters.recomputed_tokens += recomputed
             self.krul.counters.misses += getattr(req, MISSED, False)
-        self.restores.decided(req)
+        self.restores.plans.decided(req)
         self._checkpoint(req, up_to, **kwargs)
         if req.finished():
             truncation.cut(self, req)

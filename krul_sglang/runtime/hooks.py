@@ -56,6 +56,11 @@ HOOKS = (
         "BEFORE",
     ),
     Hook(
+        "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run",
+        stepping.after_next_batch,
+        "AFTER",
+    ),
+    Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.__init__",
         questions.add_routes,
         "AFTER",

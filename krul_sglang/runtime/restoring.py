@@ -17,20 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from krul_sglang.restore.boundary import Boundary
-from krul_sglang.restore.load import RAW
-from krul_sglang.restore.planner import Plan, StoredRun, Turn
+from krul_sglang.restore.planner import Plan
 from krul_sglang.restore.trace import LoadTrace, RestoreTrace
-from krul_sglang.runtime import truncation
 from krul_sglang.runtime.exact import RECOMPUTED
 from krul_sglang.runtime.marks import full_data
+from krul_sglang.runtime.planning import Plans
+from krul_sglang.runtime.prefetching import Prefetches, Staging
 from krul_sglang.store.slots import SlotRun, slot_runs
 
 if TYPE_CHECKING:
-    from sglang.srt.mem_cache.base_prefix_cache import MatchResult
-
     from krul_sglang.restore.load import Opened
-    from krul_sglang.restore.pipeline import Load
+    from krul_sglang.restore.pipeline import Load, Sink
     from krul_sglang.runtime.cache import KrulRadixCache
 
 logger = logging.getLogger(__name__)
@@ -41,8 +38,6 @@ given up: its tokens are computed instead."""
 TRACES = 64
 """Restores whose traces are kept."""
 
-# Set on a request until it is admitted: what it is to take from the tree (truncation.Planned).
-PLAN = "krul_plan"
 # Set on a request: how many leading tokens it may take from the tree, after a load failed.
 LIMIT = "krul_limit"
 
@@ -51,6 +46,7 @@ LIMIT = "krul_limit"
 class Pending:
     """A load whose nodes are in the tree already.
 
+    staging, sink: what was decoded before the request was admitted, and where it belongs.
     nodes: from the root side down. begin: position of the first token. recomputed: stored
     tokens that its request computes. patience: seconds after which it is given up.
     """
@@ -62,12 +58,19 @@ class Pending:
     recomputed: int
     plan: Plan
     patience: float
+    sink: Sink
+    staging: Staging | None = None
+    began: float = field(default_factory=time.perf_counter)
     late: bool = False
 
     @property
     def remaining(self) -> float:
         """Seconds of patience left."""
-        return max(0.0, self.load.trace.began + self.patience - time.perf_counter())
+        return max(0.0, self.began + self.patience - time.perf_counter())
+
+    def hand_over(self, layer: int) -> list[Any]:
+        """Copy what of a layer was decoded early to its rows; returns the sink's events."""
+        return [] if self.staging is None else self.staging.hand_over(layer, self.sink)
 
 
 @dataclass
@@ -128,65 +131,14 @@ class Restores:
         self.pending: list[Pending] = []
         self.traces: deque[RestoreTrace] = deque(maxlen=TRACES)
         self.totals = Totals()
-        self.boundary = Boundary()
+        self.plans = Plans(cache)
+        self.prefetches = Prefetches(cache)
         self.parked: list[Any] = []
         """Requests that start anew and wait for their last results to be dropped."""
         self._pass: Pass | None = None
         if overlapped:
             counter = LayerCounter(self, self._krul.pool.spec.layers)
             self._krul.pool.register_layer_counter(counter)
-
-    # ---- planning --------------------------------------------------------------
-
-    def stored_runs(self, ids: torch.Tensor) -> list[StoredRun]:
-        """What the planner needs to know of slot ids, int64 ``[n]``."""
-        runs = []
-        for run in slot_runs(ids):
-            segment = self._krul.store.get(run.segment)
-            whole = 0 if segment is None else segment.stored_bytes or segment.raw_bytes
-            codec = RAW if segment is None else segment.codec or RAW
-            tokens = 1 if segment is None else segment.tokens
-            runs.append(StoredRun(run.tokens, whole * run.tokens // tokens, codec))
-        return runs
-
-    def wanted_length(self, req: Any, result: MatchResult) -> int:
-        """How much of a match is worth taking, the rest being computed sooner."""
-        device, stored = result.device_prefix_len, result.host_hit_length
-        fraction = self._krul.config.recompute_fraction
-        end = device + stored
-        if not stored or (fraction is None and req is None):
-            return end
-        last = self._cache.tree_core.node_by_id(result.best_match_node)
-        history = truncation.history_of(last, end)
-        if fraction is not None:
-            return min(end, device + int((history - device) * (1 - fraction)))
-        if not hasattr(req, PLAN):
-            nodes = [node for node in self._cache.path(last.id) if node.evicted]
-            ids = torch.cat([full_data(node).host_value for node in reversed(nodes)])
-            load = self.plan(device, ids, len(req.full_untruncated_fill_ids))
-            setattr(req, PLAN, truncation.Planned(load, end, history))
-        return max(device, min(end, getattr(req, PLAN).load))
-
-    def plan(self, device: int, ids: torch.Tensor, total: int) -> int:
-        """How many leading tokens of a request are best taken from the tree; the same on all
-        ranks. ids: slot ids behind the ``device`` tokens; total: tokens of the request."""
-        turn = Turn(device, self.stored_runs(ids), total - device - ids.numel())
-        (load,) = self._cache.agree([self._krul.planner.plan(turn).load])
-        return load
-
-    def _expected(self, device: int, ids: torch.Tensor, new: int) -> Plan:
-        """What loading all of ``ids`` is expected to take."""
-        planner = self._krul.planner
-        turn = Turn(device, self.stored_runs(ids), new)
-        ends, parts = planner.ends(turn, planner.choices(turn)[-1:])
-        fetch, decode, compute = (float(part[0]) for part in parts)
-        return Plan(turn.end, float(ends[0]), fetch, decode, compute)
-
-    def decided(self, req: Any) -> None:
-        """The request was admitted with what was planned for it, if anything."""
-        planned = req.__dict__.pop(PLAN, None)
-        if planned is not None:
-            self.boundary.observe(planned.load, planned.stored, planned.history)
 
     # ---- loading ---------------------------------------------------------------
 
@@ -196,10 +148,20 @@ class Restores:
         device = sum(len(above.key) for above in self._cache.path(nodes[0].parent.id))
         end = device + opened.tokens
         total = end if req is None else len(req.full_untruncated_fill_ids)
-        plan = self._expected(device, transfer.host_indices, max(1, total - end))
+        plan = self.plans.expected(device, transfer.host_indices, max(1, total - end))
+        sink, early = self._krul.pool.writer(rows), None
+        if req is not None:
+            early = self.prefetches.take(req, transfer.host_indices)
+        if early is None:
+            load = self._krul.loader.start(opened, sink)
+        else:
+            load = early.load
+            self._krul.loader.redirect(load, sink)
         self.pending.append(
             Pending(
-                load=self._krul.loader.start(opened, self._krul.pool.writer(rows)),
+                load=load,
+                sink=sink,
+                staging=None if early is None else early.staging,
                 runs=slot_runs(transfer.host_indices),
                 nodes=nodes,
                 begin=device,
@@ -211,7 +173,7 @@ class Restores:
         self._krul.store.hold_back(True)
         self._krul.planner.take(plan, total - end)
         if req is not None:
-            self.decided(req)
+            self.plans.decided(req)
 
     def wait_layer(self, layer: int) -> None:
         """Let the running pass wait for a layer of every pending load."""
@@ -219,7 +181,7 @@ class Restores:
         for pending in self.pending:
             if not pending.load.wait_layer(layer, pending.remaining):
                 self._give_up(pending)
-            for event in pending.load.events(layer):
+            for event in [*pending.load.events(layer), *pending.hand_over(layer)]:
                 torch.cuda.current_stream().wait_event(event)
         if self._pass is not None:
             self._pass.waits.setdefault(layer, (arrived, time.perf_counter()))
@@ -265,6 +227,7 @@ class Restores:
             return []
         for one in pending:
             self._finish(one)
+            self._hand_over(one)
         self._krul.store.hold_back(False)
         ended = time.perf_counter()
         failed = self._failed(pending)
@@ -274,6 +237,16 @@ class Restores:
             self._trace(pending, failed, forward, ended, new)
         self._krul.planner.next_batch()
         return failed
+
+    def _hand_over(self, pending: Pending) -> None:
+        """What no pass has asked for reaches its rows now."""
+        if pending.staging is None:
+            return
+        for layer in range(self._krul.pool.spec.layers):
+            for event in pending.hand_over(layer):
+                event.synchronize()
+        self.prefetches.release(pending.staging)
+        pending.staging = None
 
     def _failed(self, pending: Sequence[Pending]) -> list[Pending]:
         """Those that any rank could not load; what it could not read is lost on all."""
@@ -300,7 +273,7 @@ class Restores:
             return
         counters.restored_tokens += pending.load.tokens
         counters.restores += 1
-        counters.restore_seconds += trace.seconds
+        counters.restore_seconds += max(0.0, trace.ended - pending.began)
         totals.fetch += trace.fetch_seconds
         totals.decode += trace.decode_seconds
         self._learn(pending, trace)
@@ -322,7 +295,7 @@ class Restores:
     ) -> None:
         recomputed = sum(one.recomputed for one in pending)
         trace = RestoreTrace(
-            began=min(one.load.trace.began for one in pending),
+            began=min(one.began for one in pending),
             forward=(forward.began, ended),
             waits=[forward.waits[layer] for layer in sorted(forward.waits)],
             loads=[one.load.trace for one in pending],
@@ -353,8 +326,11 @@ class Restores:
 
     def abandon(self) -> None:
         """Give up every load; the tree is about to be cleared."""
+        self.prefetches.drop_all()
         for one in self.pending:
             one.load.cancel()
+            if one.staging is not None:
+                self.prefetches.release(one.staging)
         self._krul.store.hold_back(False)
         self.pending = []
         self.parked = []

@@ -77,7 +77,9 @@ def restoring(cache: Any) -> dict[str, Any]:
         "failed": totals.failed,
         "late": totals.late,
         "requeued": totals.requeued,
-        "stored_share": round(cache.restores.boundary.share, 4),
+        "prefetches": cache.restores.prefetches.started,
+        "prefetches_used": cache.restores.prefetches.used,
+        "stored_share": round(cache.restores.plans.boundary.share, 4),
         "cost": {
             "link_bytes_per_second": {
                 tier: round(1 / rate.seconds) for tier, rate in planner.load.links.items()

@@ -71,7 +71,7 @@ def _position(cache: KrulRadixCache, length: int) -> int:
     """The boundary of a history of ``length`` tokens, in whole pages."""
     fraction = cache.krul.config.recompute_fraction
     if fraction is None:
-        position = cache.restores.boundary.of(length)
+        position = cache.restores.plans.boundary.of(length)
     else:
         position = length - int(length * fraction)
     return -(-position // cache.page_size) * cache.page_size

@@ -1,71 +1,18 @@
 """Loads that go on while the forward pass runs: right rows, and every way they can fail."""
 
 import threading
-from collections.abc import Iterator
 
 import pytest
-import torch
 from batches import step
+from faulty_codec import Faults, converse, install
 from kv_oracle import LAYERS, oracle
 from tree_rig import Rig
 
-from krul_sglang.codec.base import Codec, CodecError, SegmentReader
-from krul_sglang.codec.lossless import LosslessCodec
+from krul_sglang.codec.base import CodecError
 from krul_sglang.runtime import restoring
 from krul_sglang.runtime.marks import full_data
-from krul_sglang.strategy.base import EXACT
 
 HISTORY = list(range(100, 140))
-
-
-class Faults:
-    """Where the next reads go wrong. gate: a read of ``layer`` waits for it, and says so by
-    setting ``at_gate``. encoded: set by every encoding."""
-
-    def __init__(self) -> None:
-        self.layer: int | None = None
-        self.error: type[Exception] = CodecError
-        self.gate: threading.Event | None = None
-        self.at_gate = threading.Event()
-        self.encoded = threading.Event()
-
-
-class FaultyReader(SegmentReader):
-    def __init__(self, inner: SegmentReader, faults: Faults) -> None:
-        self._inner, self._faults = inner, faults
-        self.tokens, self.start = inner.tokens, inner.start
-
-    def layer_bytes(self) -> list[int]:
-        return self._inner.layer_bytes()
-
-    def describe(self):
-        return self._inner.describe()
-
-    def layers(self, lo: int, hi: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for layer, found in enumerate(self._inner.layers(lo, hi)):
-            if layer == self._faults.layer:
-                if self._faults.gate is None:
-                    raise self._faults.error("as asked")
-                self._faults.at_gate.set()
-                self._faults.gate.wait(20)
-            yield found
-
-
-class FaultyCodec(Codec):
-    """Lossless, with faults."""
-
-    name, exact = "lossless", True
-
-    def __init__(self, spec, faults: Faults) -> None:
-        super().__init__(spec)
-        self._inner, self._faults = LosslessCodec(spec), faults
-
-    def encode(self, run, strategy) -> bytes:
-        self._faults.encoded.set()
-        return self._inner.encode(run, EXACT)
-
-    def open(self, payload: bytes) -> SegmentReader:
-        return FaultyReader(self._inner.open(payload), self._faults)
 
 
 @pytest.fixture
@@ -77,24 +24,12 @@ def faults() -> Faults:
 def rig(make_rig, faults) -> Rig:
     """A conversation of 43 tokens whose turns have left the device."""
     rig = make_rig(overlapped=True)
-    codec = FaultyCodec(rig.krul.pool.spec, faults)
-    rig.krul.store._codec_for = {"lossless": codec}.__getitem__
+    install(rig, faults)
     converse(rig, HISTORY)
     rig.evict()
     rig.sealed()
     assert rig.cache.full_evictable_size() == 0
     return rig
-
-
-def converse(rig: Rig, tokens) -> None:
-    """A turn through the hooks."""
-    req = rig.request(tokens)
-    rig.match(req)
-    assert rig.admit(req)
-    assert not step(rig, [req])
-    for token in (1, 2):
-        rig.decode(req, token)
-    rig.finish(req)
 
 
 def returning(rig: Rig, *tail: int, history=HISTORY):

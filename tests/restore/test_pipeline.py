@@ -89,6 +89,48 @@ def test_a_layer_can_be_used_before_the_next_one_is_there(stored) -> None:
     assert len(load.events(2)) == 3
 
 
+def test_a_load_nobody_waits_for_comes_last(stored) -> None:
+    assert stored.store.wait_sealed(20)
+    loader, seen, gate = stored.loader(threads=1), Recorder(), threading.Event()
+    opened = loader.open(slot_runs(stored.ids))
+    first = loader.start(opened, lambda *_: gate.wait(20))  # keeps the one thread busy
+    early = loader.start(loader.open(slot_runs(stored.ids)), seen.of("early"), urgent=False)
+    urgent = start(loader, stored.ids, seen.of("urgent"))
+    gate.set()
+    for load in (first, early, urgent):
+        assert load.wait(20)
+        assert load.ok
+    assert [name for name, _, _ in seen.writes] == ["urgent"] * 9 + ["early"] * 9
+
+
+@pytest.mark.parametrize("written", range(10))
+def test_a_load_goes_on_into_another_sink(stored, written: int) -> None:
+    """Redirected after any number of writes, every layer of every stream lands in one of the
+    two sinks, and nothing in the old one afterwards."""
+    assert stored.store.wait_sealed(20)
+    loader, seen, inside = stored.loader(threads=2), Recorder(), threading.Event()
+    gate, into_old = threading.Semaphore(written), seen.of("old")
+
+    def old(*write):
+        into_old(*write)
+        if len(seen.writes) >= written:
+            inside.set()
+        gate.acquire(timeout=0.2)
+
+    load = loader.start(loader.open(slot_runs(stored.ids)), old, urgent=False)
+    if written:
+        assert inside.wait(20)
+    loader.redirect(load, seen.of("new"))
+    until = len([name for name, _, _ in seen.writes if name == "old"])
+    assert load.wait(20)
+    assert load.ok
+    assert [name for name, _, _ in seen.writes].count("old") == until
+    assert sorted(write[1:] for write in seen.writes) == sorted(
+        (layer, first) for layer in range(3) for first in {w[2] for w in seen.writes}
+    )
+    assert len(seen.writes) == 9
+
+
 def test_nothing_is_written_after_a_cancel(stored) -> None:
     inside, gate, writes = threading.Event(), threading.Event(), []
 

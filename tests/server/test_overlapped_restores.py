@@ -89,6 +89,23 @@ def test_a_load_that_stalls_is_computed_instead_and_not_lost(place) -> None:
     assert place.server.krul()["restored_tokens"] >= after["restored_tokens"] + 290
 
 
+def test_a_request_that_waits_in_the_queue_is_loaded_meanwhile(place) -> None:
+    """The pool cannot hold both conversations, so the second waits for the first to end."""
+    place.evict()
+    before = place.server.krul()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(place.server.generate, place.other[:280], 60)
+        while place.server.krul()["protected_tokens"] == 0:
+            assert not first.done(), "it ended before the other could wait for it"
+        (answer,) = pool.map(lambda turn: place.server.generate(turn, 6), place.turns[:1])
+        first.result()
+    assert answer["output_ids"] == place.answers[0]
+    assert answer["meta_info"]["cached_tokens_details"]["host"] >= 290
+    after = place.server.krul()
+    assert after["restore"]["prefetches_used"] == before["restore"]["prefetches_used"] + 1
+    assert after["memory"]["prefetch"] == 0
+
+
 def test_the_trace_of_a_restore(place, tmp_path) -> None:
     place.evict()
     place.server.generate(place.turns[0], 6)

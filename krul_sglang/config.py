@@ -19,12 +19,8 @@ from typing import Any
 
 POLICIES = ("predictive", "paper", "fixed", "lossless")
 
-# What a later release brings. Naming them here keeps the flag's meaning fixed
-# from the first release on, and refuses it plainly instead of ignoring it.
-PLANNED = {
-    "dir": "the disk tier is not in this release",
-    "disk": "the disk tier is not in this release",
-}
+DISK_BYTES = 10 * 10**9
+"""Budget of the disk tier where none is given."""
 
 
 class KrulConfigError(ValueError):
@@ -91,7 +87,7 @@ def parse_policy(text: str) -> str:
         return text
     near = difflib.get_close_matches(str(text), POLICIES, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"one of {_accepted_today('policy')}{hint}")
+    raise ValueError(f"one of {', '.join(POLICIES)}{hint}")
 
 
 def parse_budget(text: str) -> float:
@@ -114,7 +110,7 @@ def parse_recompute(text: str) -> str:
     except ValueError:
         fraction = math.nan
     if not 0 <= fraction <= 1:
-        raise ValueError(f"one of {_accepted_today('recompute')}, from 0 to 1 such as 0.25")
+        raise ValueError("one of auto, never, FRACTION, from 0 to 1 such as 0.25")
     return str(fraction)
 
 
@@ -178,9 +174,20 @@ class KrulConfig:
         "staging, index, the model's profile and sampled queries. For example 4GB.",
     )
     dir: Path | None = _setting(
-        None, parse_path, "PATH", "Directory of the disk tier; without it memory is the only tier."
+        None,
+        parse_path,
+        "PATH",
+        "Directory of the disk tier: what is stored is written there in the background, leaves "
+        "memory when that is short, and is found again after a restart. Servers may share one. "
+        "Without it memory is the only tier.",
     )
-    disk: int | None = _setting(None, parse_size, "SIZE", "Byte budget of the disk tier.")
+    disk: int | None = _setting(
+        None,
+        parse_size,
+        "SIZE",
+        "Byte budget of that directory, all servers and models together; 10GB where it is not "
+        "given. The least recently used conversations go first.",
+    )
     recompute: str = _setting(
         "auto",
         parse_recompute,
@@ -205,18 +212,19 @@ class KrulConfig:
 
     def __post_init__(self) -> None:
         for setting in settings():
-            planned = PLANNED.get(setting.name)
             value = getattr(self, setting.name)
             if value is not None or setting.default is not None:
                 value = setting.parse_value(value, source=setting.flag)
                 object.__setattr__(self, setting.name, value)
-            if isinstance(planned, str) and value != setting.default:
-                raise KrulConfigError(f"{setting.flag}={value}: {planned}")
-            if isinstance(planned, dict) and value in planned:
-                accepted = _accepted_today(setting.name)
-                raise KrulConfigError(
-                    f"{setting.flag}={value}: {planned[value]}; accepted: {accepted}"
-                )
+        if self.disk is not None and self.dir is None:
+            raise KrulConfigError(
+                f"--krul-disk={self.disk}: no directory to keep it in; add --krul-dir PATH"
+            )
+
+    @property
+    def disk_limit(self) -> int:
+        """Bytes that the disk tier may take."""
+        return DISK_BYTES if self.disk is None else self.disk
 
     @property
     def recompute_fraction(self) -> float | None:
@@ -323,24 +331,12 @@ def settings() -> Iterator[Setting]:
         )
 
 
-def _accepted_today(name: str) -> str:
-    if name == "policy":
-        return ", ".join(POLICIES)
-    return "auto, never, FRACTION"
-
-
 def flags_table() -> str:
     """The Markdown table of flags that docs/flags.md carries."""
     rows = ["| flag | environment | default | meaning |", "|---|---|---|---|"]
     for setting in settings():
         shown = setting.flag + (f" {setting.metavar}" if setting.metavar else "")
         shown = shown.replace("|", "\\|")
-        planned = PLANNED.get(setting.name)
-        note = ""
-        if isinstance(planned, str):
-            note = f" Refused for now: {planned}."
-        elif isinstance(planned, dict):
-            note = " Refused for now: " + ", ".join(f"`{value}`" for value in planned) + "."
         if setting.default is None:
             default = "none"
         elif setting.default is False:
@@ -349,5 +345,5 @@ def flags_table() -> str:
             default = "4GB"
         else:
             default = str(setting.default)
-        rows.append(f"| `{shown}` | `{setting.env}` | {default} | {setting.help}{note} |")
+        rows.append(f"| `{shown}` | `{setting.env}` | {default} | {setting.help} |")
     return "\n".join(rows) + "\n"

@@ -64,6 +64,7 @@ def serve(chat_model: Path) -> Serve:
     float32, because greedy tokens in bfloat16 may differ between two correct runs
     that put different numbers of rows through one forward pass. The leak check is
     strict: a leaked slot ends the server. Idle servers sleep: several are up at a time.
+    killed: the test ends it by itself.
     """
 
     @contextmanager
@@ -72,6 +73,7 @@ def serve(chat_model: Path) -> Serve:
         env: dict[str, str] | None = None,
         model: Path = chat_model,
         cwd: Path | None = None,
+        killed: bool = False,
     ) -> Iterator[LiveServer]:
         strict = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1", **(env or {})}
         server = LiveServer(
@@ -80,6 +82,9 @@ def serve(chat_model: Path) -> Serve:
         try:
             server.start()
             yield server
+            if killed:
+                assert server.process is None, "the test was to kill it"
+                return
             assert server.process is not None
             assert server.process.poll() is None, f"the server died:\n{server.tail(40)}"
             server.stop()

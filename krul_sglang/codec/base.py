@@ -11,12 +11,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
 
     from krul_sglang.strategy.base import Strategy
+
+
+Payload = bytes | memoryview
 
 
 class CodecError(Exception):
@@ -114,13 +117,33 @@ class Description:
     factors: tuple[float, ...] = ()
 
 
+class Source(Protocol):
+    """Where a payload's bytes come from that are not all in memory yet."""
+
+    tier: str
+
+    def fetch(self, layer: int) -> None:
+        """Bring what is needed to read layers up to ``layer``. Raises :class:`CodecError`."""
+
+    def keep(self) -> None:
+        """Everything was read and is sound: it may stay in memory."""
+
+
 class SegmentReader(ABC):
     """An opened payload: what it holds, and its layers in order."""
 
     tokens: int
     start: int
+    source: Source | None = None
+    """None where all bytes are in memory."""
     batch_key: Hashable | None = None
     """Readers whose keys are equal (and not None) can be read in one go (:meth:`layers_of`)."""
+
+    def fetch(self, layer: int) -> None:
+        """Before layers up to ``layer`` are read: bring their bytes. Raises
+        :class:`CodecError`."""
+        if self.source is not None:
+            self.source.fetch(layer)
 
     @abstractmethod
     def layers(self, lo: int, hi: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -172,6 +195,10 @@ class Codec(ABC):
     name: ClassVar[str]
     exact: ClassVar[bool]
     """Whether every decode is bit-identical to what was encoded."""
+    in_order: ClassVar[bool] = True
+    """Whether a payload's bytes lie in the order its layers are read in: it can be opened when
+    its header is there, and a layer can be read when the bytes up to it are
+    (:meth:`SegmentReader.layer_bytes`)."""
 
     def __init__(self, spec: KVSpec) -> None:
         self.spec = spec
@@ -184,5 +211,5 @@ class Codec(ABC):
         """The payload of ``run``. Does not mutate or keep the run's tensors."""
 
     @abstractmethod
-    def open(self, payload: bytes) -> SegmentReader:
+    def open(self, payload: Payload) -> SegmentReader:
         """Check a payload's header and sizes. Raises :class:`CodecError`."""

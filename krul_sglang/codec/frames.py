@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 import zstandard
 
-from krul_sglang.codec.base import CodecError, KVSpec
+from krul_sglang.codec.base import CodecError, KVSpec, Payload
 
 MAGIC = b"KRUL"
 VERSION = 1
@@ -27,6 +27,7 @@ MAX_TOKENS = 1 << 22
 """Longest run a payload may declare; above any context length served today."""
 
 _PREFIX = struct.Struct("<4sBxxxII")
+PREFIX_BYTES = _PREFIX.size
 _SPEC_FIELDS = ("layers", "kv_heads", "head_dim", "v_head_dim", "dtype")
 _COMMON: dict[str, type] = {
     "codec": str,
@@ -61,7 +62,18 @@ def pack_payload(
     return b"".join([prefix, header, *frames])
 
 
-def _read_header(payload: bytes) -> tuple[dict[str, Any], int]:
+def header_end(head: Payload) -> int:
+    """Where the header of a payload ends, from its first :data:`PREFIX_BYTES`. Raises
+    :class:`CodecError`; what lies in between is checked when the payload is opened."""
+    if len(head) < PREFIX_BYTES:
+        raise CodecError(f"payload of {len(head)} bytes is shorter than its prefix")
+    _, _, length, _ = _PREFIX.unpack_from(head)
+    if length > MAX_HEADER:
+        raise CodecError(f"header of {length} bytes")
+    return PREFIX_BYTES + length
+
+
+def _read_header(payload: Payload) -> tuple[dict[str, Any], int]:
     """The header map, checked against its CRC, and the offset behind it."""
     if len(payload) < _PREFIX.size:
         raise CodecError(f"payload of {len(payload)} bytes is shorter than its prefix")
@@ -87,7 +99,7 @@ def _read_header(payload: bytes) -> tuple[dict[str, Any], int]:
     return header, end
 
 
-def payload_codec(payload: bytes) -> str:
+def payload_codec(payload: Payload) -> str:
     """Name of the codec that wrote ``payload``. Raises :class:`CodecError`."""
     header, _ = _read_header(payload)
     name = header.get("codec")
@@ -97,7 +109,7 @@ def payload_codec(payload: bytes) -> str:
 
 
 def unpack_payload(
-    payload: bytes, codec: str, spec: KVSpec, extra: Mapping[str, type] | None = None
+    payload: Payload, codec: str, spec: KVSpec, extra: Mapping[str, type] | None = None
 ) -> tuple[dict[str, Any], list[memoryview]]:
     """Header and frames of a payload written by ``codec`` for ``spec``.
 
@@ -122,7 +134,7 @@ def unpack_payload(
     return header, _split(payload, offset, header["frames"])
 
 
-def _split(payload: bytes, offset: int, lengths: list[Any]) -> list[memoryview]:
+def _split(payload: Payload, offset: int, lengths: list[Any]) -> list[memoryview]:
     if any(type(n) is not int or n < 0 for n in lengths):
         raise CodecError("a frame length is not a natural number")
     if offset + sum(lengths) != len(payload):

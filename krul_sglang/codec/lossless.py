@@ -27,6 +27,7 @@ from krul_sglang.codec.base import (
     Description,
     KVRun,
     KVSpec,
+    Payload,
     SegmentReader,
     StoredLayer,
 )
@@ -123,7 +124,7 @@ class LosslessCodec(Codec):
         high -= base
         return base, high, raw
 
-    def open(self, payload: bytes) -> SegmentReader:
+    def open(self, payload: Payload) -> SegmentReader:
         """Check header and sizes; planes are checked as they are read."""
         return _LosslessReader(payload, self.spec)
 
@@ -131,7 +132,7 @@ class LosslessCodec(Codec):
 class _LosslessReader(SegmentReader):
     """Reads group by group; every iterator has its own decompressor."""
 
-    def __init__(self, payload: bytes, spec: KVSpec) -> None:
+    def __init__(self, payload: Payload, spec: KVSpec) -> None:
         header, self._frames = unpack_payload(payload, LosslessCodec.name, spec, {"checks": list})
         self._spec = spec
         self.tokens: int = header["tokens"]

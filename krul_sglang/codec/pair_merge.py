@@ -35,6 +35,7 @@ from krul_sglang.codec.base import (
     Description,
     KVRun,
     KVSpec,
+    Payload,
     SegmentReader,
     StoredLayer,
 )
@@ -156,6 +157,7 @@ class PairMergeCodec(Codec):
     """
 
     name: ClassVar[str] = "pair_merge"
+    in_order: ClassVar[bool] = False  # what pairs share lies before what they do not
     exact: ClassVar[bool] = False
 
     @torch.no_grad()
@@ -196,7 +198,7 @@ class PairMergeCodec(Codec):
         fields = {"pairs": [list(pair) for pair in pairs]}
         return pack_payload(self.name, self.spec, run.tokens, run.start, frames, fields)
 
-    def open(self, payload: bytes) -> SegmentReader:
+    def open(self, payload: Payload) -> SegmentReader:
         """Check header and sizes; frames are checked as they are read."""
         return _PairMergeReader(payload, self.spec)
 
@@ -228,7 +230,7 @@ class _Side:
 class _PairMergeReader(SegmentReader):
     """Reads layer by layer; every iterator has its own decompressor and state."""
 
-    def __init__(self, payload: bytes, spec: KVSpec) -> None:
+    def __init__(self, payload: Payload, spec: KVSpec) -> None:
         header, frames = unpack_payload(payload, PairMergeCodec.name, spec, {"pairs": list})
         self._spec = spec
         self.tokens: int = header["tokens"]

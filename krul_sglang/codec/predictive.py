@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import zstandard
 
-from krul_sglang.codec.base import Codec, KVRun, KVSpec, SegmentReader
+from krul_sglang.codec.base import Codec, KVRun, KVSpec, Payload, SegmentReader
 from krul_sglang.codec.frames import pack_payload
 from krul_sglang.codec.guard import Measured, guarded
 from krul_sglang.codec.layout import (
@@ -157,7 +157,7 @@ class PredictiveCodec(Codec):
         repetitive = tokens > 0 and _is_repetitive(run.v[0, sinks:])
         return payload, Measured(tuple(errors), tuple(novelty), repetitive)
 
-    def open(self, payload: bytes) -> SegmentReader:
+    def open(self, payload: Payload) -> SegmentReader:
         """Check header and sizes; frames are checked as they are read."""
         return PredictiveReader(payload, self)
 

@@ -11,7 +11,14 @@ import numpy as np
 import torch
 import zstandard
 
-from krul_sglang.codec.base import CodecError, Description, Part, SegmentReader, StoredLayer
+from krul_sglang.codec.base import (
+    CodecError,
+    Description,
+    Part,
+    Payload,
+    SegmentReader,
+    StoredLayer,
+)
 from krul_sglang.codec.frames import by_layer, open_frame, open_head, shares, unpack_payload
 from krul_sglang.codec.layout import (
     EXPANSION,
@@ -63,7 +70,7 @@ def _side_by_side(parts: Sequence[_Coded]) -> _Coded:
 class PredictiveReader(SegmentReader):
     """Reads group by group; every iterator has its own decompressor and state."""
 
-    def __init__(self, payload: bytes, codec: PredictiveCodec) -> None:
+    def __init__(self, payload: Payload, codec: PredictiveCodec) -> None:
         spec = codec.spec
         header, frames = unpack_payload(payload, codec.name, spec, FIELDS)
         if header["profile"] != codec.profile.id:
@@ -94,15 +101,18 @@ class PredictiveReader(SegmentReader):
             least = (b - a) * -(-self._coded // 4)
             if type(size) is not int or not least <= size <= EXPANSION * len(frame):
                 raise CodecError("a frame's size differs from what the shape allows")
-        self._sinks: SegmentReader | None = None
-        if self._skip:
-            self._sinks = codec._sinks.open(bytes(frames[0]))
-            if (self._sinks.tokens, self._sinks.start) != (self._skip, self.start):
-                raise CodecError("the sink tokens are not those the header implies")
-        elif len(frames[0]):
-            raise CodecError("sink tokens where there are none")
-        else:
+        self._sink_codec, self._sink_frame = codec._sinks, frames[0]
+        if not self._skip:
+            if len(frames[0]):
+                raise CodecError("sink tokens where there are none")
             self.batch_key = (step, self._shared)
+
+    def _open_sinks(self) -> SegmentReader:
+        """The leading tokens that are stored exactly."""
+        sinks = self._sink_codec.open(bytes(self._sink_frame))
+        if (sinks.tokens, sinks.start) != (self._skip, self.start):
+            raise CodecError("the sink tokens are not those the header implies")
+        return sinks
 
     def layer_bytes(self) -> list[int]:
         """See :class:`SegmentReader`."""
@@ -112,8 +122,8 @@ class PredictiveReader(SegmentReader):
     def describe(self) -> Description:
         """See :class:`SegmentReader`; the sink tokens are in no class."""
         layers = self._stored_layers()
-        if self._sinks:
-            exact = self._sinks.describe().layers
+        if self._skip:
+            exact = self._open_sinks().describe().layers
             layers = [
                 replace(
                     own,
@@ -169,9 +179,9 @@ class PredictiveReader(SegmentReader):
             tables.append(self._profile.rope.tables(begin, last - first))
         cos, sin = (torch.cat(list(one)) for one in zip(*tables, strict=True))
         sinks = None
-        if self._sinks:
+        if self._skip:
             (_, lo, hi), *_ = parts
-            sinks = self._sinks.layers(min(lo, self._skip), min(hi, self._skip))
+            sinks = self._open_sinks().layers(min(lo, self._skip), min(hi, self._skip))
         keys = spec.kv_heads * spec.head_dim
         for x in self._rebuild(coded):
             k = x[:, :keys].unflatten(1, (spec.kv_heads, spec.head_dim))

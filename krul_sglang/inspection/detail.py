@@ -110,7 +110,9 @@ def detail(store: MemoryStore, pieces: Sequence[Piece]) -> dict[str, Any]:
 def _segment(store: MemoryStore, piece: Piece) -> tuple[dict[str, Any], Description | None]:
     """A row, and what its payload says where it is sealed and readable."""
     segment, state, found = piece.segment, piece.segment.state.value, None
-    if segment.state is SegmentState.SEALED:
+    if segment.is_on_disk_only:
+        state = "on disk"  # reading it would hold up whoever generates
+    elif segment.state is SegmentState.SEALED:
         try:
             found = store.open(segment).describe()
         except CodecError:

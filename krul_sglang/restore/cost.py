@@ -13,8 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 WEIGHT = 0.5
-"""How much of an estimate a new measurement replaces: after a tenfold change, three of them
-leave an eighth of the error."""
+"""How much of an estimate a new measurement replaces."""
+
+SURPRISE, BELIEF = 2.0, 0.85
+"""A measurement that is off by more than this factor replaces that much: after a tenfold change
+the first one leaves a factor of 1.4."""
+
+HOPE = 0.9
+"""What a rate is multiplied with whenever a plan avoids its tier: without being tried it would
+stay what it last was, however long ago. It halves in seven plans, and the first thing that a
+better rate buys is one block, which tells the truth."""
 
 LEAST = 64
 """Tokens below which a decode says more of what it costs to begin than of a token."""
@@ -26,7 +34,9 @@ def _blend(old: float | None, new: float) -> float:
     """An estimate brought up to date; in logarithms, as rates are wrong by factors."""
     if old is None:
         return new
-    return math.exp((1 - WEIGHT) * math.log(old) + WEIGHT * math.log(new))
+    surprising = not 1 / SURPRISE <= new / old <= SURPRISE
+    weight = BELIEF if surprising else WEIGHT
+    return math.exp((1 - weight) * math.log(old) + weight * math.log(new))
 
 
 @dataclass
@@ -36,6 +46,10 @@ class Rate:
     seconds: float
     """Seconds a unit takes; before the first observation, what was measured at launch."""
     observations: int = 0
+
+    def hope(self) -> None:
+        """It was avoided: it may have become better."""
+        self.seconds *= HOPE
 
     def observe(self, units: float, seconds: float) -> None:
         """``units`` took ``seconds``; nothing is learnt from nothing."""
@@ -61,8 +75,8 @@ class ComputeCost:
     """Seconds of a forward pass: a fixed part, one by token and one by query-key pair.
 
     The three are measured at launch; what they get wrong is learnt as a factor for each
-    bucket of shapes (powers of two of tokens and of keys a token), and where a bucket has
-    never been seen, as the factor of the nearest that has.
+    bucket of shapes (powers of two of tokens and of keys a token), and in between as their
+    mean in logarithms, weighted by the inverse square of the distance.
     """
 
     fixed: float
@@ -81,10 +95,11 @@ class ComputeCost:
         if not self.factors:
             return base
         known = np.array(list(self.factors), np.float64)
-        values = np.array(list(self.factors.values()))
+        values = np.log(list(self.factors.values()))
         at = np.stack(_bucket(prefill), -1)
-        nearest = np.abs(at[..., None, :] - known).sum(-1).argmin(-1)
-        return base * values[nearest]
+        # A bucket is a square of side 1: within a tenth of its middle it decides alone, nearly.
+        weights = 1 / (np.square(at[..., None, :] - known).sum(-1) + 0.01)
+        return base * np.exp((weights * values).sum(-1) / weights.sum(-1))
 
     def observe(self, prefill: Prefill, seconds: float) -> None:
         """A pass of this shape took ``seconds``, waiting not counted."""

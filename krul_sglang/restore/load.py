@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from krul_sglang.codec.base import CodecError, Part
-from krul_sglang.restore.pipeline import Load, Piece, Pipeline, Sink, Stream
+from krul_sglang.restore.pipeline import MEMORY, Link, Load, Piece, Pipeline, Sink, Stream
 
 if TYPE_CHECKING:
     from krul_sglang.store.memory import MemoryStore
@@ -66,6 +66,7 @@ def _batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
             and key is not None
             and key == batch[0].part.reader.batch_key
             and type(one.part.reader) is type(batch[0].part.reader)
+            and one.tier == batch[0].tier
             and one.offset == end
             and tokens + size <= BATCH_TOKENS
         )
@@ -80,11 +81,14 @@ def _batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
 
 
 class Loader:
-    """Reads runs of slots from a store, throttled to ``bandwidth`` bytes a second if given."""
+    """Reads runs of slots from a store; each tier at most ``bandwidth`` bytes a second if given."""
 
     def __init__(self, store: MemoryStore, threads: int, bandwidth: float | None = None) -> None:
         self._store = store
-        self._pipeline = Pipeline(store.spec.layers, threads, bandwidth)
+        links = [] if bandwidth is None else [Link(MEMORY, bandwidth)]
+        if store.disk is not None:
+            links.append(Link(store.disk.tier, bandwidth))
+        self._pipeline = Pipeline(store.spec.layers, threads, links)
 
     def open(self, runs: Sequence[SlotRun]) -> Opened:
         """Open the segments of ``runs``: headers and sizes are checked, nothing is read."""
@@ -96,9 +100,8 @@ class Loader:
                 segment = self._store.get(run.segment)
                 if segment is None:
                     raise CodecError(f"segment {run.segment} is gone")
-                reader = self._store.open(segment)
-                codec = segment.codec or RAW
-                pieces.append(Piece(run.segment, total, Part(reader, run.lo, run.hi), codec))
+                part = Part(self._store.open(segment), run.lo, run.hi)
+                pieces.append(Piece(run.segment, total, part, segment.codec or RAW))
             except CodecError:
                 lost.append(run.segment)
             total += run.tokens

@@ -1,7 +1,7 @@
 """The restore pipeline: stored layers on their way to their rows, layer by layer.
 
-Two stages, each a queue: the link brings a stream's bytes, then threads decode them and hand
-the layer to the sink. Both take the lowest layer first, whichever load it belongs to, so that
+Two stages: each tier's link brings its streams' bytes, then threads decode them and hand the
+layer to the sink. Both take the lowest layer first, whichever load it belongs to, so that
 a forward pass that waits for layer after layer finds them in its order, for all requests of
 its batch alike; loads that no pass waits for yet come last. Decompression and copies release
 the GIL.
@@ -15,16 +15,20 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from krul_sglang.codec.base import CodecError, Part
+from krul_sglang.codec.base import CodecError, Part, Source
 from krul_sglang.restore.trace import LoadTrace
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+MEMORY = "memory"
+"""The tier whose segments need no fetching."""
 
 # Called as sink(layer, first, k, v): write tokens [first, first + len(k)) of a layer. What it
 # returns (a CUDA event, or None) is kept for whoever reads the layer.
@@ -39,6 +43,12 @@ class Piece(NamedTuple):
     part: Part
     codec: str
 
+    @property
+    def tier(self) -> str:
+        """The tier that holds the segment."""
+        source = self.part.reader.source
+        return MEMORY if source is None else source.tier
+
 
 class Stream:
     """Pieces that follow each other and are decoded in one go, a layer at a time."""
@@ -48,9 +58,23 @@ class Stream:
         self.load = load
         self.pieces = pieces
         self.bytes_of = bytes_of
+        self.tier = pieces[0].tier
         self.fetched = 0
         self.decoded = 0
         self._layers: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def fetch(self, layer: int) -> list[int]:
+        """Bring the bytes of a layer; returns the segments that could not be read."""
+        bad = []
+        for piece in self.pieces:
+            try:
+                piece.part.reader.fetch(layer)
+            except CodecError:
+                bad.append(piece.segment)
+            except Exception as error:
+                logger.error("segment %d could not be fetched", piece.segment, exc_info=error)
+                bad.append(piece.segment)
+        return bad
 
     def decode(self, sink: Sink) -> Any:
         """Write the next layer. Raises :class:`CodecError` on damage, or whatever went wrong."""
@@ -93,6 +117,8 @@ class Load:
         """Tokens by codec."""
         self.stored_bytes = 0
         self.trace = LoadTrace(layers)
+        self.sources: list[Source] = []
+        """Of segments that were not in memory."""
         self.failed: list[int] = []
         """Segments that could not be read."""
         self.cancelled = False
@@ -146,24 +172,35 @@ class Load:
             self._changed.wait_for(lambda: not any(self._writing))
 
 
+@dataclass
+class Link:
+    """What brings a tier's bytes to memory. bandwidth: bytes a second that it is held to, None
+    where nothing holds it."""
+
+    tier: str
+    bandwidth: float | None = None
+    queue: list[Queued] = field(default_factory=list)
+
+
 class Pipeline:
     """Threads that carry loads. Create, :meth:`submit` loads, :meth:`close`."""
 
-    def __init__(self, layers: int, threads: int, bandwidth: float | None = None) -> None:
-        """bandwidth: bytes a second that the link carries; None for memory itself."""
+    def __init__(self, layers: int, threads: int, links: Sequence[Link] = ()) -> None:
+        """links: of the tiers that have one, a thread each."""
         self._layers = layers
-        self._bandwidth = bandwidth
+        self.links = {link.tier: link for link in links}
         self._changed = threading.Condition()
-        self._to_fetch: list[Queued] = []
         self._to_decode: list[Queued] = []
         # Whatever is not over is in a queue or in a thread's hands, which keeps it here.
         self._loads: weakref.WeakSet[Load] = weakref.WeakSet()
         self._order = 0
         self._closed = False
         self._threads: list[threading.Thread] = []
-        self._wanted = [(f"krul-load-{n}", self._decode_forever) for n in range(threads)]
-        if bandwidth is not None:
-            self._wanted.append(("krul-load-link", self._fetch_forever))
+        self._wanted: list[tuple[str, Callable[[], None]]] = [
+            (f"krul-load-{n}", self._decode_forever) for n in range(threads)
+        ]
+        for link in links:
+            self._wanted.append((f"krul-load-{link.tier}", partial(self._fetch_forever, link)))
 
     def new_load(self, tokens: int, sink: Sink, urgent: bool = True) -> Load:
         """A load that :meth:`submit` takes."""
@@ -178,7 +215,7 @@ class Pipeline:
             load.urgent = True
             load._sinks.append(sink)
             load._writing.append(0)
-            for queue in (self._to_fetch, self._to_decode):
+            for queue in (self._to_decode, *(link.queue for link in self.links.values())):
                 queue[:] = [(self._place(queue, order, own), own) for (_, _, order), own in queue]
                 heapq.heapify(queue)
             self._changed.wait_for(lambda: load._writing[-2] == 0)
@@ -193,6 +230,8 @@ class Pipeline:
             load._missing = [len(streams)] * self._layers
             load.stored_bytes = sum(sum(stream.bytes_of) for stream in streams)
             for piece in (piece for stream in streams for piece in stream.pieces):
+                if piece.part.reader.source is not None:
+                    load.sources.append(piece.part.reader.source)
                 size = piece.part.hi - piece.part.lo
                 load.tokens_of[piece.codec] = load.tokens_of.get(piece.codec, 0) + size
             if not streams:
@@ -200,9 +239,10 @@ class Pipeline:
                 return
             self._loads.add(load)
             for stream in streams:
-                self._push(self._to_decode if self._bandwidth is None else self._to_fetch, stream)
-                if self._bandwidth is None:
+                link = self.links.get(stream.tier)
+                if link is None:
                     stream.fetched = self._layers
+                self._push(self._to_decode if link is None else link.queue, stream)
             self._start_threads()
             self._changed.notify_all()
 
@@ -218,32 +258,40 @@ class Pipeline:
         heapq.heappush(queue, (self._place(queue, self._order, stream), stream))
 
     def _place(self, queue: list[Queued], order: int, stream: Stream) -> tuple[bool, int, int]:
-        layer = stream.fetched if queue is self._to_fetch else stream.decoded
+        layer = stream.decoded if queue is self._to_decode else stream.fetched
         return not stream.load.urgent, layer, order
 
-    # ---- the link --------------------------------------------------------------
+    # ---- the links -------------------------------------------------------------
 
-    def _fetch_forever(self) -> None:
+    def _fetch_forever(self, link: Link) -> None:
         free = 0.0  # when the link has carried everything asked of it so far
-        while (stream := self._next(self._to_fetch)) is not None:
+        while (stream := self._next(link.queue)) is not None:
             load, layer = stream.load, stream.fetched
+            if self._is_vain(load):
+                continue
             began = time.perf_counter()
-            assert self._bandwidth is not None
-            free = max(free, began) + stream.bytes_of[layer] / self._bandwidth
+            bad = stream.fetch(layer)
+            if link.bandwidth is not None:
+                free = max(free, began) + stream.bytes_of[layer] / link.bandwidth
             with self._changed:
-                self._changed.wait_for(partial(self._is_vain, load), max(0.0, free - began))
+                late = free - time.perf_counter()
+                self._changed.wait_for(partial(self._is_vain, load), max(0.0, late))
                 if self._closed:
                     return
+                load.failed += bad
                 if load.cancelled or load.failed:
                     free = time.perf_counter()
+                    self._changed.notify_all()
                     continue
-                load.trace.fetched(layer, began, time.perf_counter(), stream.bytes_of[layer])
+                ended = time.perf_counter()
+                load.trace.fetched(layer, began, ended, stream.bytes_of[layer], link.tier)
                 stream.fetched += 1
                 if stream.fetched == stream.decoded + 1:
                     self._push(self._to_decode, stream)
                 if stream.fetched < self._layers:
-                    self._push(self._to_fetch, stream)
+                    self._push(link.queue, stream)
                 self._changed.notify_all()
+            del stream, load
 
     def _is_vain(self, load: Load) -> bool:
         return self._closed or load.cancelled or bool(load.failed)

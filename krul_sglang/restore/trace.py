@@ -25,6 +25,8 @@ class LoadTrace:
         """Bytes the link carried."""
         self.fetches: list[list[Span]] = [[] for _ in range(layers)]
         self.decodes: list[list[Span]] = [[] for _ in range(layers)]
+        self.carried: dict[str, tuple[int, list[Span]]] = {}
+        """By tier: bytes, and when its link carried them."""
         self.codec_seconds: dict[str, float] = {}
         """Seconds of decoding by codec, of all threads together."""
 
@@ -32,10 +34,13 @@ class LoadTrace:
         """The load is asked for now."""
         self.began = time.perf_counter()
 
-    def fetched(self, layer: int, began: float, ended: float, nbytes: int) -> None:
-        """The link carried ``nbytes`` of a layer."""
+    def fetched(self, layer: int, began: float, ended: float, nbytes: int, tier: str) -> None:
+        """A tier's link carried ``nbytes`` of a layer."""
         self.fetches[layer].append((began, ended))
         self.bytes += nbytes
+        carried, spans = self.carried.get(tier, (0, []))
+        spans.append((began, ended))
+        self.carried[tier] = carried + nbytes, spans
 
     def decoded(self, layer: int, began: float, ended: float, codec: str) -> None:
         """A thread decoded some tokens of a layer and wrote them to their rows."""

@@ -7,15 +7,18 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from krul_sglang.runtime import marks
+from krul_sglang.runtime.adoption import namespace
 from krul_sglang.runtime.selection import strategy_of
-from krul_sglang.store.segment import RECORD_BYTES, SLOT_BYTES
+from krul_sglang.store.segment import RECORD_BYTES, SLOT_BYTES, Origin
 from krul_sglang.strategy.base import EXACT, SINKS
 
 if TYPE_CHECKING:
     from krul_sglang.runtime.cache import KrulRadixCache
+    from krul_sglang.store.disk.entry import Namespace
 
 logger = logging.getLogger(__name__)
 
@@ -34,21 +37,38 @@ def store_node(cache: KrulRadixCache, node: Any, rows: torch.Tensor) -> torch.Te
     start = sum(len(above.key) for above in cache.path(node.parent.id))
     head = _exact_head(cache, node, start)
     already_exact = marks.exact_tokens(node)
+    whose, tokens = _origin(cache, node)
     ids: list[torch.Tensor] = []
     first_hand = marks.first_hand_tokens(node) if krul.selector else rows.numel()
     for lo, hi, exact in _pieces(rows.numel(), head, first_hand):
-        if not _make_room(cache, (hi - lo) * krul.pool.spec.token_bytes, hi - lo):
+        raw, index = (hi - lo) * krul.pool.spec.token_bytes, (hi - lo) * SLOT_BYTES + RECORD_BYTES
+        if whose is not None:
+            index += tokens[: start + hi].nbytes
+        if not _make_room(cache, raw, index):
             for held in ids:
                 krul.store.release(held)
             return None
         run = krul.pool.gather(rows[lo:hi], start + lo)
-        if exact or krul.selector is None:
-            _, piece = krul.store.stage(run, EXACT, hi <= already_exact)
-        else:
-            _, piece = krul.store.stage(run, strategy_of(krul.selector, node, lo, hi), False)
+        lossless = exact or krul.selector is None
+        strategy = EXACT
+        if krul.selector is not None and not exact:
+            strategy = strategy_of(krul.selector, node, lo, hi)
+        as_computed = max(0, min(hi, already_exact) - lo) if lossless else 0
+        origin = None if whose is None else Origin(whose, tokens[: start + hi], as_computed)
+        _, piece = krul.store.stage(run, strategy, lossless and hi <= already_exact, origin)
         ids.append(piece)
     marks.mark_stored(node, head)
     return torch.cat(ids)
+
+
+def _origin(cache: KrulRadixCache, node: Any) -> tuple[Namespace | None, np.ndarray]:
+    """Whose tokens a node's are, and all of them from the conversation's first on; nobody's
+    where there is no disk."""
+    if cache.krul.store.disk is None:
+        return None, np.empty(0, np.int64)
+    keys = [above.key for above in reversed(list(cache.path(node.id)))]
+    ids = [np.asarray(key.token_ids[: len(key)], np.int64) for key in keys]
+    return namespace(node.key), np.concatenate(ids)
 
 
 def _pieces(tokens: int, head: int, first_hand: int) -> Iterator[tuple[int, int, bool]]:
@@ -92,14 +112,15 @@ def _is_above_branch(node: Any) -> bool:
     return len(node.children) > 1
 
 
-def _make_room(cache: KrulRadixCache, nbytes: int, tokens: int) -> bool:
-    """Fit ``nbytes`` of raw staging under the budget; the same answer on every rank.
+def _make_room(cache: KrulRadixCache, nbytes: int, index: int) -> bool:
+    """Fit ``nbytes`` of raw staging and ``index`` bytes of records under the budget; the same
+    answer on every rank.
 
     Gives up what was prefetched and waits for the encoder first (raw is several times the
     sealed size), then asks the tree to let stored leaves go, oldest first.
     """
     store, agree = cache.krul.store, cache.agree
-    needed = nbytes + tokens * SLOT_BYTES + RECORD_BYTES
+    needed = nbytes + index
     if agree([needed - store.ledger.limit])[0] > 0:
         return False
     fits = store.wait_for_staging(nbytes, STAGING_WAIT_SECONDS)
@@ -108,6 +129,7 @@ def _make_room(cache: KrulRadixCache, nbytes: int, tokens: int) -> bool:
         return False
     waited = False
     while True:
+        store.demote(store.ledger.used + needed - store.ledger.limit)
         excess = store.ledger.used + needed - store.ledger.limit
         excess, victims = agree([excess, _tokens_worth(cache, excess)])
         if excess <= 0:
@@ -115,6 +137,8 @@ def _make_room(cache: KrulRadixCache, nbytes: int, tokens: int) -> bool:
         cache.restores.prefetches.drop_all()
         if not waited:
             store.wait_sealed(STAGING_WAIT_SECONDS)
+            if store.disk is not None:
+                store.disk.wait_written(STAGING_WAIT_SECONDS)
             waited = True
         elif cache.evict_host(victims) == 0:
             return False

@@ -32,7 +32,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from krul_sglang.config import KrulConfig
 from krul_sglang.restore.load import Loader, Opened
 from krul_sglang.restore.planner import Planner
-from krul_sglang.runtime import backup, marks, selection, truncation
+from krul_sglang.runtime import adoption, backup, marks, selection, truncation
 from krul_sglang.runtime.access import AccessClock
 from krul_sglang.runtime.exact import LOSSY_TOKENS, MISSED, RECOMPUTED, demands_exact
 from krul_sglang.runtime.marks import full_data
@@ -151,6 +151,14 @@ class KrulRadixCache(UnifiedRadixCache):
         result = super().match_prefix(params)
         if not isinstance(result.best_match_node, int) or self.disable:
             return result  # a session's own match
+        if adoption.adopt(
+            self,
+            params.req,
+            params.key,
+            result.best_match_node,
+            result.device_prefix_len + result.host_hit_length,
+        ):
+            result = super().match_prefix(params)
         usable = self._usable_length(params.req, result)
         matched = result.device_prefix_len + result.host_hit_length
         if usable < matched:
@@ -159,13 +167,17 @@ class KrulRadixCache(UnifiedRadixCache):
             self._note_match(params.req, result, matched)
         return result
 
+    def is_exact(self, req: Any) -> bool:
+        """Whether a request demands exact KV where some may be lossy."""
+        return self.krul.selector is not None and demands_exact(req)
+
     def _usable_length(self, req: Any, result: MatchResult) -> int:
         """How many matched tokens this request may be served from, in whole pages."""
         device = result.device_prefix_len
         matched = device + result.host_hit_length
         usable = self.restores.plans.wanted_length(req, result)
         limit = getattr(req, LIMIT, matched)
-        exact, missed = self.krul.selector is not None and demands_exact(req), False
+        exact, missed = self.is_exact(req), False
         if exact or self.krul.store.lost_count:
             end, planned = matched, usable
             for node in self.path(result.best_match_node):
@@ -294,6 +306,8 @@ class KrulRadixCache(UnifiedRadixCache):
             if rows.numel() == 0:  # its stored original still exists: never encoded again
                 continue
             node = self.tree_core.node_by_id(node_id)
+            if self.krul.store.disk is not None:
+                self._store_above(node)
             ids = backup.store_node(self, node, rows)
             if ids is None:
                 self.krul.counters.dropped_tokens += rows.numel()
@@ -304,6 +318,19 @@ class KrulRadixCache(UnifiedRadixCache):
             self.krul.counters.evicted_tokens += rows.numel()
             written = rows.numel()
         return written
+
+    def _store_above(self, node: Any) -> None:
+        """Store what leads to a node and is on the device only, root side first: a restart loses
+        the device, and what the disk has is found from the root on."""
+        for above in reversed(list(self.path(node.parent.id))):
+            if not above.backuped:
+                rows, _ = self.tree_core.build_backup_spec(above.id)
+                ids = backup.store_node(self, above, rows)
+                if ids is None:
+                    return
+                self.tree_core.commit_backup(above.id, ids, {})
+                self.tree_core._update_duplicate_tracking(above)
+                self.tree_core.kv_events.record_store(above, medium=StorageMedium.CPU)
 
     def _drop_subtree_no_host(self, node_id: int, tracker: dict) -> bool:
         """Stock drop of a node that found no room; what was stored below it goes too."""
@@ -348,6 +375,9 @@ class KrulRadixCache(UnifiedRadixCache):
         tokens = transfer.host_indices.numel()
         if tokens == 0 or (mem_quota is not None and tokens + locked_tokens > mem_quota):
             return False
+        if not self._fits_memory(transfer.host_indices):
+            self._miss(node_id, req, tokens)
+            return False
         opened = self.krul.loader.open(slot_runs(transfer.host_indices))
         if not self._can_open(opened, transfer.host_indices):
             self._miss(node_id, req, tokens)
@@ -370,6 +400,13 @@ class KrulRadixCache(UnifiedRadixCache):
         self._apply_cache_actions(self.tree_core.commit_load_back(node_id, rows, transfer, {}))
         self.tree_core.finish_load_back(node_id)
         return True
+
+    def _fits_memory(self, ids: torch.Tensor) -> bool:
+        """Whether every rank has room for what must come from its disk."""
+        if self.krul.store.disk is None:
+            return True
+        segments = {run.segment for run in slot_runs(ids)}
+        return not self.agree([int(not self.krul.store.make_room_to_read(segments))])[0]
 
     def _can_open(self, opened: Opened, ids: torch.Tensor) -> bool:
         """Whether every rank could open all of its segments; what one could not is lost."""

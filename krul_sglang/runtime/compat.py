@@ -176,6 +176,23 @@ REFUSALS = (
         ),
     ),
     Refusal(
+        "--enable-lora",
+        "an adapter is known by name only, so what it computed must not outlive the server",
+        "drop --krul-dir",
+        lambda cfg, model, krul: (
+            bool(getattr(cfg, "enable_lora", None) or getattr(cfg, "lora_paths", None))
+            and krul.dir is not None
+        ),
+    ),
+    Refusal(
+        "--load-format",
+        "weights that are made up at start are not told apart by their files",
+        "drop --krul-dir",
+        lambda cfg, model, krul: (
+            str(getattr(cfg, "load_format", "auto")) == "dummy" and krul.dir is not None
+        ),
+    ),
+    Refusal(
         "--enable-deterministic-inference",
         "a lossy restore is not deterministic across evictions",
         "add --krul-policy lossless",

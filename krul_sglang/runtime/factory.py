@@ -64,6 +64,7 @@ def build(config: KrulConfig, ctx: Any) -> Any:
     from krul_sglang.restore.load import Loader
     from krul_sglang.runtime import taps
     from krul_sglang.runtime.cache import Krul
+    from krul_sglang.runtime.disk import open_disk
     from krul_sglang.runtime.pool import PoolView
     from krul_sglang.runtime.state import Counters, Metrics
     from krul_sglang.store.memory import MemoryStore
@@ -88,6 +89,7 @@ def build(config: KrulConfig, ctx: Any) -> Any:
         codec_for,
         EXACT.codec,
         workers=max(1, threads // 2),  # the model's own threads want the other cores
+        disk=open_disk(config, ctx, pool.spec, profile),
     )
     if profile is not None:
         store.ledger.add("profile", profile.nbytes)

@@ -52,6 +52,11 @@ def mark_stored(node: Any, head: int) -> None:
     full_data(node).metadata.pop(TAG, None)
 
 
+def mark_adopted(node: Any, exact: int) -> None:
+    """The node was just put into the tree with a stored copy only, exact up to ``exact``."""
+    _set(node, STORED, exact)
+
+
 def mark_loaded(node: Any) -> None:
     """The stored copy was just written to the node's device rows."""
     exact = full_data(node).metadata.get(STORED, len(node.key))

@@ -8,6 +8,7 @@ import torch
 
 from krul_sglang.restore.boundary import Boundary
 from krul_sglang.restore.load import RAW
+from krul_sglang.restore.pipeline import MEMORY
 from krul_sglang.restore.planner import Plan, StoredRun, Turn
 from krul_sglang.runtime import truncation
 from krul_sglang.runtime.marks import full_data
@@ -38,7 +39,8 @@ class Plans:
             whole = 0 if segment is None else segment.stored_bytes or segment.raw_bytes
             codec = RAW if segment is None else segment.codec or RAW
             tokens = 1 if segment is None else segment.tokens
-            runs.append(StoredRun(run.tokens, whole * run.tokens // tokens, codec))
+            tier = "disk" if segment is not None and segment.is_on_disk_only else MEMORY
+            runs.append(StoredRun(run.tokens, whole * run.tokens // tokens, codec, tier))
         return runs
 
     def wanted_length(self, req: Any, result: MatchResult) -> int:
@@ -64,6 +66,9 @@ class Plans:
         ranks. ids: slot ids behind the ``device`` tokens; total: tokens of the request."""
         turn = Turn(device, self.stored_runs(ids), total - device - ids.numel())
         (load,) = self._cache.agree([self._krul.planner.plan(turn).load])
+        if load == device:
+            for tier in {run.tier for run in turn.stored} & self._krul.planner.load.links.keys():
+                self._krul.planner.load.links[tier].hope()
         return load
 
     def expected(self, device: int, ids: torch.Tensor, new: int) -> Plan:

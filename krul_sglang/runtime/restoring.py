@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from krul_sglang.restore.cost import Rate
 from krul_sglang.restore.planner import Plan
-from krul_sglang.restore.trace import LoadTrace, RestoreTrace
+from krul_sglang.restore.trace import LoadTrace, RestoreTrace, covered
 from krul_sglang.runtime.exact import RECOMPUTED
 from krul_sglang.runtime.marks import full_data
 from krul_sglang.runtime.planning import Plans
@@ -271,6 +272,8 @@ class Restores:
         totals.late += pending.late
         if failed:
             return
+        for source in pending.load.sources:
+            source.keep()
         counters.restored_tokens += pending.load.tokens
         counters.restores += 1
         counters.restore_seconds += max(0.0, trace.ended - pending.began)
@@ -280,8 +283,8 @@ class Restores:
 
     def _learn(self, pending: Pending, trace: LoadTrace) -> None:
         cost = self._krul.planner.load
-        if "memory" in cost.links:
-            cost.links["memory"].observe(trace.bytes, trace.fetch_seconds)
+        for tier, (nbytes, spans) in trace.carried.items():
+            cost.links.setdefault(tier, Rate(0.0)).observe(nbytes, covered(spans))
         for codec, tokens in pending.load.tokens_of.items():
             cost.observe_decode(codec, tokens, trace.codec_seconds.get(codec, 0.0))
 

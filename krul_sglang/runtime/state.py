@@ -18,6 +18,7 @@ class Counters:
     evicted_tokens: int = 0
     dropped_tokens: int = 0
     unstored_tokens: int = 0
+    adopted_tokens: int = 0
     restored_tokens: int = 0
     recomputed_tokens: int = 0
     restores: int = 0
@@ -45,6 +46,7 @@ def block(cache: Any) -> dict[str, Any]:
         "unstored_bytes": round(
             counters.unstored_tokens * krul.pool.spec.token_bytes / (ratio or 1)
         ),
+        "adopted_tokens": counters.adopted_tokens,
         "restored_tokens": counters.restored_tokens,
         "recomputed_tokens": counters.recomputed_tokens,
         "restores": counters.restores,
@@ -57,8 +59,31 @@ def block(cache: Any) -> dict[str, Any]:
         "fallbacks": stats.fallbacks,
         "lost_segments": stats.lost_segments,
         "memory": memory,
-        "tiers": {"memory": {"bytes": memory["tier"], "limit": memory["limit"]}},
+        "tiers": tiers(cache),
     }
+
+
+def tiers(cache: Any) -> dict[str, dict[str, Any]]:
+    """Bytes of each tier, and what the disk has counted."""
+    store = cache.krul.store
+    memory = store.ledger.snapshot()
+    found: dict[str, dict[str, Any]] = {
+        "memory": {
+            "bytes": memory["tier"],
+            "limit": memory["limit"],
+            "demoted_segments": store.stats.demoted_segments,
+        }
+    }
+    if store.disk is not None:
+        disk = store.disk.disk
+        totals = disk.totals()
+        found["disk"] = {
+            "bytes": totals.pop("used"),
+            **totals,
+            "unwritten": store.disk.unwritten,
+            "degraded": disk.degraded,
+        }
+    return found
 
 
 def restoring(cache: Any) -> dict[str, Any]:
@@ -134,6 +159,7 @@ COUNTERS = {
     "evicted_tokens": "Tokens evicted from the device into the store.",
     "dropped_tokens": "Tokens evicted without being stored.",
     "unstored_tokens": "Tokens evicted and not stored, as a restore would recompute them anyway.",
+    "adopted_tokens": "Tokens found on the disk that the tree did not know.",
     "restored_tokens": "Tokens restored from the store.",
     "recomputed_tokens": "Stored tokens that were recomputed instead.",
     "restores": "Restores.",

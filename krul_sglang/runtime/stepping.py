@@ -31,7 +31,8 @@ def run_batch(original: Callable, scheduler: Any, batch: Any, *args: Any, **kwar
     finally:
         forward = restores.end_pass()
     seconds = time.perf_counter() - forward.began - forward.wait_seconds
-    if cache.krul.pool.device.type == "cpu":
+    # Beside decoders that share its cores a pass says what both cost.
+    if cache.krul.pool.device.type == "cpu" and not restored:
         shape = Prefill(float(new.sum()), float((new * (before + new / 2)).sum()))
         cache.krul.planner.compute.observe(shape, seconds)
     failed = restores.settle(forward, int(new.sum()))

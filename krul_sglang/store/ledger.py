@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 
-KINDS = ("tier", "staging", "prefetch", "index", "profile", "taps")
+KINDS = ("tier", "staging", "prefetch", "loading", "index", "profile", "taps")
 
 
 class Ledger:
     """Counts bytes by kind against one limit. Thread-safe.
 
     tier: sealed payloads. staging: raw runs waiting to be encoded, and what was measured of
-    them. prefetch: rows decoded for requests that wait in the queue. index: the tree's slot
+    them. prefetch: rows decoded for requests that wait in the queue. loading:
+    sealed payloads on their way from the disk. index: the tree's slot
     ids and the segments' own records. profile: the model's calibrated maps. taps: buffers
     for sampled queries where they are in host memory, and a byte a token of the pool and
     layer for the attention it drew.

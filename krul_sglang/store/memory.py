@@ -12,97 +12,32 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from krul_sglang.codec.base import (
-    Codec,
-    CodecError,
-    Description,
-    KVRun,
-    KVSpec,
-    SegmentReader,
-    StoredLayer,
-)
+from krul_sglang.codec.base import Codec, CodecError, KVRun, KVSpec, Payload, SegmentReader
 from krul_sglang.similarity.record import record_of
+from krul_sglang.store.figures import Held, StoreStats
 from krul_sglang.store.heap import return_freed_memory
 from krul_sglang.store.ledger import Ledger
-from krul_sglang.store.segment import Segment, SegmentState
+from krul_sglang.store.raw import RawReader
+from krul_sglang.store.segment import Origin, Segment, SegmentState
 from krul_sglang.store.slots import slot_ids, slot_runs
 from krul_sglang.strategy.base import Strategy
 
 if TYPE_CHECKING:
     import torch
 
+    from krul_sglang.store.disk.entry import Entry, EntryName
+    from krul_sglang.store.durable import Durable
+
 logger = logging.getLogger(__name__)
 
 # Share of the budget that raw rows may take while they wait to be encoded. Raw is
 # several times the sealed size, so staging may not crowd out what is stored.
 STAGING_SHARE = 4
-
-
-@dataclass
-class StoreStats:
-    """Totals since start; mutated under the store's lock."""
-
-    encode_seconds: float = 0.0
-    encoded_segments: int = 0
-    encoded_raw_bytes: int = 0
-    encoded_bytes: int = 0
-    fallbacks: int = 0
-    lost_segments: int = 0
-
-
-@dataclass
-class Held:
-    """What the store holds now, kept up to date so that reading it costs nothing.
-
-    raw_bytes and stored_bytes cover sealed segments only: their quotient is the ratio.
-    """
-
-    segments: int = 0
-    sealed_segments: int = 0
-    lossy_segments: int = 0
-    stored_tokens: int = 0
-    raw_bytes: int = 0
-    stored_bytes: int = 0
-
-    def count(self, segment: Segment, sign: int) -> None:
-        """Add (1) or take away (-1) a segment in the state it is in."""
-        if segment.state is SegmentState.LOST:
-            return
-        self.segments += sign
-        self.lossy_segments += sign * (not segment.exact)
-        self.stored_tokens += sign * segment.live_tokens
-        if segment.state is SegmentState.SEALED:
-            self.sealed_segments += sign
-            self.raw_bytes += sign * segment.raw_bytes
-            self.stored_bytes += sign * segment.stored_bytes
-
-
-class RawReader(SegmentReader):
-    """Reads a segment that is not encoded yet."""
-
-    def __init__(self, run: KVRun) -> None:
-        self._run = run
-        self.tokens = run.tokens
-        self.start = run.start
-
-    def layers(self, lo: int, hi: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """See :class:`SegmentReader`; yields views."""
-        for layer in range(self._run.k.shape[0]):
-            yield self._run.k[layer, lo:hi], self._run.v[layer, lo:hi]
-
-    def layer_bytes(self) -> list[int]:
-        """See :class:`SegmentReader`."""
-        layers = self._run.k.shape[0]
-        return [self._run.nbytes // layers] * layers
-
-    def describe(self) -> Description:
-        """See :class:`SegmentReader`."""
-        layers = self._run.k.shape[0]
-        return Description(0, (StoredLayer(self._run.nbytes // layers, error=0.0),) * layers)
 
 
 class MemoryStore:
@@ -115,9 +50,14 @@ class MemoryStore:
         codec_for: Callable[[str], Codec],
         fallback: str,
         workers: int = 1,
+        disk: Durable | None = None,
     ) -> None:
         """``codec_for(name)`` gives a codec; ``fallback`` names the exact one used when
-        another codec cannot encode a run; ``workers`` threads encode."""
+        another codec cannot encode a run; ``workers`` threads encode; ``disk`` is the tier
+        behind this one."""
+        self.disk = disk
+        if disk is not None:
+            disk.serve(self)
         self.spec = spec
         self.ledger = Ledger(limit)
         self.stats = StoreStats()
@@ -128,6 +68,8 @@ class MemoryStore:
         self._fallback = fallback
         self._segments: dict[int, Segment] = {}
         self._next_id = 1
+        # Segments whose bytes may go at any time, as the disk has them; least recently used first.
+        self._demotable: OrderedDict[int, Segment] = OrderedDict()
         self._lock = threading.Lock()
         self._drained = threading.Condition(self._lock)
         self._staged_bytes = 0
@@ -156,10 +98,13 @@ class MemoryStore:
             timeout,
         )
 
-    def stage(self, run: KVRun, strategy: Strategy, exact: bool) -> tuple[Segment, torch.Tensor]:
+    def stage(
+        self, run: KVRun, strategy: Strategy, exact: bool, origin: Origin | None = None
+    ) -> tuple[Segment, torch.Tensor]:
         """Take a raw run over (its tensors must not change any more) and queue its encoding.
 
-        Returns the segment and its slot ids, int64 ``[tokens]``.
+        origin: whose tokens they are, for the disk; None keeps them off it. Returns the segment
+        and its slot ids, int64 ``[tokens]``.
         """
         with self._lock:
             if self._closed:
@@ -173,6 +118,7 @@ class MemoryStore:
                 raw_bytes=run.nbytes,
                 live_tokens=run.tokens,
                 run=run,
+                origin=origin if self.disk is not None else None,
             )
             self._next_id += 1
             self._segments[segment.id] = segment
@@ -246,12 +192,15 @@ class MemoryStore:
             self.ledger.move("staging", "tier", segment.staged_bytes, len(payload))
             self.ledger.add("index", attention.nbytes if attention is not None else 0)
             segment.payload = payload
+            segment.sealed_bytes = len(payload)
             segment.codec = name
             segment.attention = attention
             segment.run = segment.strategy = None
             segment.state = SegmentState.SEALED
             self._held.count(segment, 1)
             self._stop_waiting(segment)
+        if self.disk is not None and segment.origin is not None:
+            self.disk.write(segment, payload, segment.origin)
 
     def _encoder(self, name: str) -> Codec:
         codec = self._codec_for(name)
@@ -284,6 +233,80 @@ class MemoryStore:
         with self._drained:
             self._drained.wait_for(lambda: not self._held_back or self._awaited or self._closed)
 
+    # ---- the disk behind -------------------------------------------------------
+
+    def written(self, segment: Segment, file: EntryName | None) -> None:
+        """The disk has the segment under that name, or will not have it (None)."""
+        with self._drained:
+            if self._segments.get(segment.id) is not segment:  # let go of meanwhile
+                return
+            self.ledger.add("index", -segment.origin_bytes)
+            segment.origin = None
+            if file is not None and segment.payload is not None:
+                segment.file = file
+                self._demotable[segment.id] = segment
+            self._drained.notify_all()
+
+    def demote(self, nbytes: int) -> int:
+        """Let go of sealed bytes that the disk has, least recently used first, until ``nbytes``
+        are free; returns how many were freed."""
+        freed = 0
+        with self._lock:
+            while freed < nbytes and self._demotable:
+                _, segment = self._demotable.popitem(last=False)
+                freed += segment.resident_bytes
+                self.ledger.add("tier", -segment.resident_bytes)
+                segment.payload = None
+                self.stats.demoted_segments += 1
+        return freed
+
+    def make_room_to_read(self, segment_ids: Iterable[int]) -> bool:
+        """Let go of others' bytes so that those of these segments that only the disk has fit;
+        False if they cannot."""
+        segments = [self._segments.get(segment) for segment in segment_ids]
+        needed = sum(s.stored_bytes for s in segments if s is not None and s.is_on_disk_only)
+        self.demote(self.ledger.used + needed - self.ledger.limit)
+        return not needed or self.ledger.used + needed <= self.ledger.limit
+
+    def promote(self, segment_id: int, payload: Payload, codec: str) -> None:
+        """A segment's bytes were read from the disk: keep them where they fit. They may be of
+        another codec than what was sealed here: the disk keeps one payload of a run."""
+        with self._lock:
+            segment = self._segments.get(segment_id)
+            if segment is None or segment.file is None or segment.payload is not None:
+                return
+            if self.ledger.used + len(payload) > self.ledger.limit:
+                return
+            self._held.count(segment, -1)
+            self.ledger.add("tier", len(payload))
+            segment.payload, segment.codec, segment.sealed_bytes = payload, codec, len(payload)
+            self._held.count(segment, 1)
+            self._demotable[segment.id] = segment
+
+    def adopt(self, file: EntryName, entry: Entry, lo: int, hi: int) -> torch.Tensor:
+        """Take in tokens ``lo .. hi`` of a segment that lies on the disk; returns their slot
+        ids, int64 ``[hi - lo]``."""
+        with self._lock:
+            segment = Segment(
+                id=self._next_id,
+                tokens=entry.tokens,
+                start=entry.start,
+                strategy=None,
+                exact=entry.exact_tokens == entry.tokens,
+                raw_bytes=entry.raw_bytes,
+                live_tokens=hi - lo,
+                state=SegmentState.SEALED,
+                codec=entry.codec,
+                sealed_bytes=entry.payload_bytes,
+                file=file,
+                waiting=False,
+            )
+            self._next_id += 1
+            self._segments[segment.id] = segment
+            self._held.count(segment, 1)
+            self.ledger.add("index", segment.index_bytes)
+        return slot_ids(segment.id, segment.tokens)[lo:hi]
+
     # ---- reading ---------------------------------------------------------------
 
     def get(self, segment_id: int) -> Segment | None:
@@ -293,12 +316,17 @@ class MemoryStore:
     def open(self, segment: Segment) -> SegmentReader:
         """A reader over the segment's bytes. Raises :class:`CodecError` when lost or bad."""
         with self._lock:
-            run, payload = segment.run, segment.payload
+            run, payload, file = segment.run, segment.payload, segment.file
+            if segment.id in self._demotable:
+                self._demotable.move_to_end(segment.id)
         if run is not None:
             return RawReader(run)
-        if payload is None:
+        if payload is not None:
+            reader = self._codec_for(segment.codec).open(payload)
+        elif file is not None and self.disk is not None:
+            reader = self.disk.open(segment.id, file, self._codec_for)
+        else:
             raise CodecError(f"segment {segment.id} is lost")
-        reader = self._codec_for(segment.codec).open(payload)
         if reader.tokens != segment.tokens or reader.start != segment.start:
             raise CodecError(f"segment {segment.id} holds another run than its record says")
         return reader
@@ -308,9 +336,10 @@ class MemoryStore:
     def _drop_bytes(self, segment: Segment) -> None:
         self.ledger.add("staging", -segment.staged_bytes)
         self._stop_waiting(segment)
-        self.ledger.add("tier", -segment.stored_bytes)
+        self.ledger.add("tier", -segment.resident_bytes)
+        self._demotable.pop(segment.id, None)
         segment.run = segment.strategy = None
-        segment.payload = None
+        segment.payload, segment.sealed_bytes = None, 0
 
     def mark_lost(self, segment_id: int) -> None:
         """Turn a damaged segment into a miss; its ids stay valid until released."""
@@ -319,10 +348,14 @@ class MemoryStore:
             if segment is None or segment.state is SegmentState.LOST:
                 return
             self._held.count(segment, -1)
+            # Where memory had a copy, it is that copy which is damaged, not the file.
+            file = segment.file if segment.is_on_disk_only else None
             self._drop_bytes(segment)
-            segment.state = SegmentState.LOST
+            segment.state, segment.file = SegmentState.LOST, None
             self.lost_count += 1
             self.stats.lost_segments += 1
+        if file is not None and self.disk is not None:
+            self.disk.set_aside(file)
 
     def release(self, ids: torch.Tensor) -> None:
         """Give tokens back (int64 ``[n]``); a segment goes with its last token."""
@@ -366,6 +399,8 @@ class MemoryStore:
         for worker in self._workers:
             if worker is not threading.current_thread():
                 worker.join(timeout=10)
+        if self.disk is not None:
+            self.disk.close()
 
     # ---- what is stored --------------------------------------------------------
 

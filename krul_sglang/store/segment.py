@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
-from krul_sglang.codec.base import KVRun
+from krul_sglang.codec.base import KVRun, Payload
 from krul_sglang.similarity.record import AttentionRecord
 from krul_sglang.strategy.base import Strategy
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from krul_sglang.store.disk.entry import EntryName, Namespace
 
 
 class SegmentState(Enum):
@@ -27,6 +33,19 @@ RECORD_BYTES = 1024
 SLOT_BYTES = 8
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Whose tokens a segment holds, kept until the disk has it.
+
+    ids: int64 ``[end]``, the conversation's token ids up to the segment's end.
+    exact_tokens: leading tokens of the run that are exact.
+    """
+
+    namespace: Namespace
+    ids: np.ndarray
+    exact_tokens: int
+
+
 @dataclass
 class Segment:
     """Mutable record owned by the store.
@@ -36,6 +55,7 @@ class Segment:
     strategy: how it is to be encoded, None once it is.
     codec: name of the codec that wrote ``payload`` (a strategy's codec may have
         been replaced by lossless when it could not handle the run).
+    sealed_bytes: length of the payload, wherever it is. file: where on the disk it is.
     attention: how alike its layers attended, where that was measured.
     """
 
@@ -48,7 +68,10 @@ class Segment:
     live_tokens: int
     state: SegmentState = SegmentState.STAGED
     run: KVRun | None = None
-    payload: bytes | None = None
+    payload: Payload | None = None
+    sealed_bytes: int = 0
+    file: EntryName | None = None
+    origin: Origin | None = None
     codec: str = ""
     attention: AttentionRecord | None = None
     waiting: bool = True
@@ -63,10 +86,25 @@ class Segment:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the sealed payload, 0 before sealing."""
+        return self.sealed_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the sealed payload that are in memory."""
         return len(self.payload) if self.payload is not None else 0
+
+    @property
+    def is_on_disk_only(self) -> bool:
+        """Whether reading it takes the disk."""
+        return self.payload is None and self.file is not None
+
+    @property
+    def origin_bytes(self) -> int:
+        """Bytes of token ids kept for the disk."""
+        return self.origin.ids.nbytes if self.origin is not None else 0
 
     @property
     def index_bytes(self) -> int:
         """Bytes of the record and of the tree's slot ids."""
         measured = self.attention.nbytes if self.attention is not None else 0
-        return RECORD_BYTES + SLOT_BYTES * self.tokens + measured
+        return RECORD_BYTES + SLOT_BYTES * self.tokens + measured + self.origin_bytes

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from krul_sglang.config import (
-    PLANNED,
     KrulConfig,
     KrulConfigError,
     flags_table,
@@ -111,32 +110,11 @@ def test_none_is_no_value_of_a_setting_that_has_a_default(name: str) -> None:
     assert KrulConfig.from_values({name: None}) == KrulConfig()
 
 
-def planned_values() -> list[tuple[str, str]]:
-    examples = {"dir": "/tier", "disk": "4GB", "profile": "p.safetensors", "quality_budget": "0.5"}
-    out = []
-    for name, planned in PLANNED.items():
-        values = planned if isinstance(planned, dict) else [examples[name]]
-        out += [(name, value) for value in values]
-    return out
-
-
-@pytest.mark.parametrize(("name", "value"), planned_values())
-def test_what_a_later_release_brings_is_refused_with_the_reason(name: str, value: str) -> None:
-    reason = PLANNED[name] if isinstance(PLANNED[name], str) else PLANNED[name][value]
-    with pytest.raises(KrulConfigError) as error:
-        KrulConfig.from_values({name: value})
-    assert str(error.value).startswith(f"{BY_NAME[name].flag}=")
-    assert reason in str(error.value)
-    if isinstance(PLANNED[name], dict):
-        assert "accepted: " in str(error.value)
-
-
-def test_what_is_planned_names_real_settings_and_values() -> None:
-    assert PLANNED.keys() <= BY_NAME.keys()
-    defaults = {name: BY_NAME[name].default for name in PLANNED}
-    assert all(
-        defaults[name] not in values for name, values in PLANNED.items() if isinstance(values, dict)
-    )
+def test_a_disk_budget_needs_a_directory() -> None:
+    with pytest.raises(KrulConfigError, match=r"^--krul-disk=4000000000: no directory"):
+        KrulConfig.from_values({"disk": "4GB"})
+    assert KrulConfig.from_values({"disk": "4GB", "dir": "/tier"}).disk_limit == 4 * 10**9
+    assert KrulConfig.from_values({"dir": "/tier"}).disk_limit == 10**10
 
 
 def test_unknown_names_are_refused_with_the_nearest_one() -> None:
@@ -200,7 +178,6 @@ def test_the_docs_table_has_a_row_for_every_setting() -> None:
         assert f"| `{setting.flag}" in row
         assert f"| `{setting.env}` |" in row
         assert setting.help in row
-        assert ("Refused for now" in row) == (setting.name in PLANNED)
         assert row.replace("\\|", "").count("|") == 5
 
 

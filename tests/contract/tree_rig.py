@@ -36,22 +36,31 @@ from krul_sglang.runtime.exact import LOSSY_TOKENS
 from krul_sglang.runtime.marks import full_data
 from krul_sglang.runtime.pool import PoolView
 from krul_sglang.runtime.state import Counters
+from krul_sglang.store.disk.tier import DiskTier
+from krul_sglang.store.durable import Durable
 from krul_sglang.store.memory import MemoryStore
 from krul_sglang.store.segment import SegmentState
 from krul_sglang.store.slots import slot_runs
 from krul_sglang.strategy.base import EXACT, Strategy
 from krul_sglang.strategy.budget import BudgetSelector
 
+FINGERPRINT = b"rig" + bytes(13)
+
 
 def build_krul(
-    kvcache, *, lossy=None, host_memory=1 << 22, recompute="never", turn_ends=(), codecs=None
-) -> Krul:
-    """Krul over ``kvcache``; ``codecs`` maps further codec names to instances."""
+    kvcache, *, lossy=None, host_memory=1 << 22, recompute="never", turn_ends=(), codecs=None,
+    disk=None, disk_limit=1 << 24,
+) -> Krul:  # fmt: skip
+    """Krul over ``kvcache``; ``codecs`` maps further codec names to instances; ``disk`` is the
+    directory of a disk tier."""
     pool = PoolView(kvcache)
     known = {"lossless": LosslessCodec(pool.spec), **(codecs or {})}
     if pool.spec.dtype == "float32":
         known.setdefault("rounding", RoundingCodec(pool.spec))
-    store = MemoryStore(pool.spec, host_memory, known.__getitem__, EXACT.codec)
+    durable = None
+    if disk is not None:
+        durable = Durable(DiskTier(disk, FINGERPRINT, disk_limit))
+    store = MemoryStore(pool.spec, host_memory, known.__getitem__, EXACT.codec, disk=durable)
     policy = "lossless" if lossy is None else "predictive"
     return Krul(
         config=KrulConfig(policy=policy, host_memory=host_memory, recompute=recompute),
@@ -128,7 +137,7 @@ class Rig:
 
     # ---- the life of a request -------------------------------------------------
 
-    def request(self, tokens, *, exact: bool = False, max_new: int = 8) -> Req:
+    def request(self, tokens, *, exact: bool = False, max_new: int = 8, **key) -> Req:
         self._rids += 1
         sampling = SamplingParams(temperature=0, max_new_tokens=max_new)
         sampling.custom_params = {"krul": "exact"} if exact else None
@@ -137,6 +146,7 @@ class Rig:
             origin_input_text="",
             origin_input_ids=array("q", tokens),
             sampling_params=sampling,
+            **key,
         )
 
     def match(self, req: Req) -> int:
@@ -267,6 +277,10 @@ class Rig:
     def sealed(self) -> None:
         assert self.krul.store.wait_sealed(20), "the encoder did not finish"
 
+    def written(self) -> None:
+        self.sealed()
+        assert self.krul.store.disk.wait_written(20), "the disk tier did not finish"
+
     def damage(self, segment_id: int, at: int = -1) -> None:
         """Flip one byte of a sealed payload."""
         segment = self.krul.store.get(segment_id)
@@ -381,7 +395,7 @@ class Rig:
         live = Counter(name >> 24 for name in names)
         assert live == {s.id: s.live_tokens for s in segments}, "tree and store disagree"
         counted = {
-            "tier": sum(s.stored_bytes for s in segments),
+            "tier": sum(s.resident_bytes for s in segments),
             "staging": sum(s.staged_bytes for s in segments),
             "index": sum(s.index_bytes for s in segments),
         }

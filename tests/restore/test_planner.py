@@ -140,14 +140,50 @@ def test_estimates_are_within_a_fifth_after_five_observations() -> None:
     assert float(compute.seconds(shape)) == pytest.approx(0.05, rel=0.2)
 
 
-def test_a_shape_never_seen_takes_after_the_nearest_that_was() -> None:
+def test_a_shape_never_seen_lies_between_those_that_were() -> None:
+    """Without a jump: a jump would make a plan of what only looks cheaper."""
     compute = ComputeCost(0.0, 1e-3, 0.0)
     compute.observe(Prefill(1024.0, 1024.0 * 512), 4.096)
     compute.observe(Prefill(64.0, 64.0 * 32), 0.016)
-    many = compute.seconds(
-        Prefill(np.array([2048.0, 32.0, 0.0]), np.array([2048.0 * 1024, 512, 0]))
-    )
-    assert many == pytest.approx([4 * 2.048, 0.25 * 0.032, 0.0])
+    tokens = 2.0 ** np.arange(5, 12)
+    factors = compute.seconds(Prefill(tokens, tokens * tokens / 2)) / (1e-3 * tokens)
+    assert (np.diff(factors) > -0.01).all()
+    assert factors[1] == pytest.approx(0.25, rel=0.02), "where it was seen, it is what was seen"
+    assert factors[5] == pytest.approx(4.0, rel=0.02)
+    assert 0.25 < factors[3] < 4.0
+    assert compute.seconds(Prefill(np.zeros(1), np.zeros(1))) == 0
+
+
+def test_a_tenfold_change_is_believed_at_once_and_noise_is_not() -> None:
+    rate = Rate(1e-7, observations=20)
+    rate.observe(1, 1e-6)
+    assert rate.seconds > 6e-7
+    rate.observe(1, 1e-6)
+    assert rate.seconds == pytest.approx(1e-6, rel=0.3)
+    steady = Rate(1e-7, observations=20)
+    steady.observe(1, 1.8e-7)
+    assert steady.seconds < 1.4e-7
+
+
+def test_a_link_that_is_avoided_is_tried_again() -> None:
+    """At first with a block, which tells the truth: a link that is still slow is avoided again,
+    one that has recovered is used."""
+    own = planner(link=1e-4, decode=1e-7)
+    one, rate = turn(), own.load.links["memory"]
+    rate.observations = 20
+    for _ in range(100):
+        plan = own.plan(one)
+        if plan.load > one.device:
+            break
+        rate.hope()
+    assert one.device < plan.load <= one.device + 128
+    rate.observe(10**6, 1e-4 * 10**6)
+    assert own.plan(one).load == one.device
+    while own.plan(one).load == one.device:
+        rate.hope()
+    for _ in range(3):
+        rate.observe(10**6, 1e-9 * 10**6)
+    assert own.plan(one).load == one.end
 
 
 def test_nothing_is_learnt_from_nothing() -> None:

@@ -14,8 +14,8 @@ def trace() -> RestoreTrace:
     until 1.5, computes to 3, waits until 4 and ends at 6."""
     load = LoadTrace(2)
     load.began = 10.0
-    load.fetched(0, 10.0, 11.0, 100)
-    load.fetched(1, 11.0, 13.0, 200)
+    load.fetched(0, 10.0, 11.0, 100, "disk")
+    load.fetched(1, 11.0, 13.0, 200, "disk")
     load.decoded(0, 11.0, 11.5, "a")
     load.decoded(1, 13.0, 14.0, "b")
     waits = [(11.0, 11.5), (13.0, 14.0)]

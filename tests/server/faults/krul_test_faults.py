@@ -25,7 +25,7 @@ def _obey(controller, recv_req):
         from krul_sglang.runtime import restoring
 
         stall = what == "stall"
-        cache.krul.loader._pipeline._bandwidth = 1.0 if stall else 1e9
+        cache.krul.loader._pipeline.links["memory"].bandwidth = 1.0 if stall else 1e9
         restoring.PATIENCE = 0.2 if stall else 10.0
     order.unlink()
 

@@ -1,0 +1,65 @@
+"""The disk tier of one rank: where it lies and what its entries are bound to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from krul_sglang.config import KrulConfig, KrulConfigError
+from krul_sglang.runtime.profiles import model_folder
+
+if TYPE_CHECKING:
+    from krul_sglang.codec.base import KVSpec
+    from krul_sglang.profile.base import Profile
+    from krul_sglang.store.durable import Durable
+
+
+def open_disk(
+    config: KrulConfig, ctx: Any, spec: KVSpec, profile: Profile | None
+) -> Durable | None:
+    """The disk tier, None where no directory is configured. Raises :class:`KrulConfigError`."""
+    if config.dir is None:
+        return None
+    from krul_sglang.store.disk.digest import fingerprint_of
+    from krul_sglang.store.disk.tier import DiskTier
+    from krul_sglang.store.durable import Durable
+
+    marks = fingerprint_of(identity(config, ctx, spec, profile))
+    try:
+        return Durable(DiskTier(config.dir.absolute(), marks, config.disk_limit))
+    except OSError as error:
+        raise KrulConfigError(
+            f"--krul-dir={config.dir}: cannot be opened ({error.strerror or error}); give a "
+            "directory this server may write to"
+        ) from error
+
+
+def identity(
+    config: KrulConfig, ctx: Any, spec: KVSpec, profile: Profile | None
+) -> Mapping[str, str]:
+    """Everything that decides what stored bytes mean. A difference in any field is a miss."""
+    from sglang.srt.runtime_context import get_parallel
+
+    from krul_sglang.codec.frames import VERSION
+    from krul_sglang.profile.base import ProfileError
+    from krul_sglang.profile.file import fingerprint
+
+    args, parallel = ctx.server_args, get_parallel()
+    try:
+        model = fingerprint(model_folder(args), ctx.tp_rank, max(1, parallel.tp_size))
+    except ProfileError as error:
+        raise KrulConfigError(
+            f"--krul-dir={config.dir}: entries must be bound to the model, and {error}"
+        ) from error
+    settings = ("quantization", "json_model_override_args", "revision", "load_format")
+    return {
+        **{f"model.{name}": text for name, text in model.items()},
+        **{f"server.{name}": str(getattr(args, name, None)) for name in settings},
+        "server.dtype": str(ctx.model_config.dtype),
+        "kv.dtype": spec.dtype,
+        "kv.shape": f"{spec.layers}x{spec.kv_heads}x{spec.head_dim}+{spec.v_head_dim}",
+        "kv.page": str(ctx.params.page_size),
+        "payload": str(VERSION),
+        "policy": config.policy,
+        "profile": "none" if profile is None else profile.id,
+    }

@@ -1,0 +1,1 @@
+"""The disk tier: sealed segments as immutable files, found again after a restart."""

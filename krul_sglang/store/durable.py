@@ -1,0 +1,160 @@
+"""The disk behind the memory tier: what is sealed is written in the background, and read again
+when memory let go of it, or after a restart.
+
+Writing is behind everything else: a segment is served from memory until its file is in place,
+and one that cannot be written stays a segment in memory. Reading goes through private memory,
+in few large pieces, as far as the layers that are asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import weakref
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from krul_sglang.codec.base import Codec, CodecError, Payload, SegmentReader
+from krul_sglang.codec.frames import header_end
+from krul_sglang.store.disk.entry import EntryName
+from krul_sglang.store.disk.payload import DiskPayload
+from krul_sglang.store.disk.tier import DiskTier, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from krul_sglang.store.memory import MemoryStore
+    from krul_sglang.store.segment import Origin, Segment
+
+logger = logging.getLogger(__name__)
+
+HEAD_BYTES = 64 << 10
+"""Read when a file is opened; nearly always the payload's header and more."""
+AHEAD_BYTES = 1 << 20
+"""Fewest bytes that are read at a time later."""
+
+
+class FileSource:
+    """A payload that is read as its layers are asked for."""
+
+    tier = "disk"
+
+    def __init__(
+        self, payload: DiskPayload, ends: Sequence[int], whole: Callable[[memoryview], None]
+    ) -> None:
+        """ends: by layer, how many bytes are needed to read it. whole: given all of them when
+        they are to be kept."""
+        self._payload, self._ends, self._whole = payload, ends, whole
+
+    def fetch(self, layer: int) -> None:
+        """See :class:`~krul_sglang.codec.base.Source`."""
+        payload, upto = self._payload, self._ends[layer]
+        if payload.fetched < upto:
+            payload.fetch(max(upto, payload.fetched + AHEAD_BYTES))
+
+    def keep(self) -> None:
+        """See :class:`~krul_sglang.codec.base.Source`."""
+        if self._payload.fetched == self._payload.size:
+            self._whole(self._payload.view)
+
+
+class Durable:
+    """A disk tier as :class:`~krul_sglang.store.memory.MemoryStore` uses it. Thread-safe."""
+
+    tier = FileSource.tier
+
+    def __init__(self, disk: DiskTier) -> None:
+        self.disk = disk
+        self._store: MemoryStore
+        self._queue: queue.SimpleQueue[tuple[Segment, Payload, Origin] | None] = queue.SimpleQueue()
+        self._unwritten = 0
+        self._idle = threading.Condition()
+        self._writer: threading.Thread | None = None
+
+    def serve(self, store: MemoryStore) -> None:
+        """The memory tier in front; to be called once, before anything else."""
+        self._store = store
+
+    # ---- writing ---------------------------------------------------------------
+
+    def write(self, segment: Segment, payload: Payload, origin: Origin) -> None:
+        """Write a sealed segment in the background; the store is told of it (``written``)."""
+        with self._idle:
+            self._unwritten += 1
+            if self._writer is None:
+                self._writer = threading.Thread(
+                    target=self._write_forever, name="krul-write", daemon=True
+                )
+                self._writer.start()
+        self._queue.put((segment, payload, origin))
+
+    def _write_forever(self) -> None:
+        while (job := self._queue.get()) is not None:
+            segment, payload, origin = job
+            name = None
+            try:
+                # Nobody names it any more: not worth the writing.
+                if segment.live_tokens:
+                    name = self._publish(segment, payload, origin)
+            except Exception:
+                logger.exception("segment %d could not be written", segment.id)
+            self._store.written(segment, name)
+            with self._idle:
+                self._unwritten -= 1
+                self._idle.notify_all()
+            del job, segment, payload, origin
+
+    def _publish(self, segment: Segment, payload: Payload, origin: Origin) -> EntryName | None:
+        done = self.disk.publish(
+            origin.namespace,
+            origin.ids,
+            segment.start,
+            payload,
+            codec=segment.codec,
+            exact_tokens=origin.exact_tokens,
+            raw_bytes=segment.raw_bytes,
+        )
+        return done.name if done.outcome in (Outcome.STORED, Outcome.PRESENT) else None
+
+    @property
+    def unwritten(self) -> int:
+        """Segments that wait to be written."""
+        return self._unwritten
+
+    def wait_written(self, timeout: float) -> bool:
+        """Wait until nothing waits to be written; False after ``timeout`` seconds."""
+        with self._idle:
+            return self._idle.wait_for(lambda: self._unwritten == 0, timeout)
+
+    # ---- reading ---------------------------------------------------------------
+
+    def open(
+        self, segment_id: int, name: EntryName, codec_for: Callable[[str], Codec]
+    ) -> SegmentReader:
+        """A reader whose source brings the bytes. Raises :class:`CodecError`."""
+        payload = self.disk.reopen(name)
+        if payload is None:
+            raise CodecError(f"{name.file} cannot be read")
+        ledger = self._store.ledger
+        ledger.add("loading", payload.size)
+        weakref.finalize(payload, ledger.add, "loading", -payload.size)
+        codec = codec_for(payload.entry.codec)
+        payload.fetch(HEAD_BYTES if codec.in_order else payload.size)
+        payload.fetch(header_end(payload.view))
+        reader = codec.open(payload.view)
+        ends = list(accumulate(reader.layer_bytes()))
+        reader.source = FileSource(
+            payload, ends, lambda view: self._store.promote(segment_id, view, codec.name)
+        )
+        return reader
+
+    def set_aside(self, name: EntryName) -> None:
+        """An entry turned out to be damaged."""
+        self.disk.quarantine(name, "could not be restored")
+
+    def close(self) -> None:
+        """Finish what is being written (10 s at most) and close the directory."""
+        self.wait_written(10)
+        self._queue.put(None)
+        self.disk.close()

@@ -1,0 +1,211 @@
+"""The disk tier behind the tree: demoted, restored, found after a restart, damaged, gone."""
+
+from pathlib import Path
+
+import pytest
+from kv_oracle import LAYERS
+from tree_rig import Rig
+
+from krul_sglang.runtime import marks
+from krul_sglang.runtime.marks import full_data
+from krul_sglang.strategy.base import Strategy
+
+HISTORY = list(range(1000, 1090))
+ROUNDING = Strategy("rounding")
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    return tmp_path / "tier"
+
+
+def stored(rig: Rig, tokens=HISTORY) -> None:
+    """A conversation that has left the device and is on the disk."""
+    rig.turn(tokens, answer=[7])
+    rig.evict()
+    rig.written()
+
+
+def comes_back(rig: Rig, tokens=HISTORY, tail: int = 7) -> int:
+    """Tokens restored for the next turn; its rows are right, as the rig checks."""
+    req = rig.turn([*tokens, tail], answer=[8])
+    rig.check()
+    return req.host_loaded_length
+
+
+def disk(rig: Rig):
+    return rig.krul.store.disk.disk
+
+
+def files(root: Path) -> list[Path]:
+    return sorted(root.rglob("*.krul"))
+
+
+def demote(rig: Rig) -> None:
+    rig.krul.store.demote(1 << 40)
+    assert rig.krul.store.ledger.snapshot()["tier"] == 0
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_what_left_memory_comes_from_the_disk(make_rig, root, page_size) -> None:
+    rig = make_rig(page_size, disk=root)
+    stored(rig)
+    whole = len(HISTORY) // page_size * page_size
+    assert sum(int(f.name.split(".")[2]) for f in files(root)) == whole
+    demote(rig)
+    assert comes_back(rig) == whole
+    assert disk(rig).totals()["opened"] > 0
+    assert rig.krul.store.ledger.snapshot()["loading"] == 0
+    rig.evict()
+    opened = disk(rig).totals()["opened"]
+    assert comes_back(rig, tail=9) == whole
+    assert disk(rig).totals()["opened"] == opened, "what was read once stays in memory"
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_a_restart_finds_what_was_stored(make_rig, root, page_size) -> None:
+    first = make_rig(page_size, disk=root)
+    stored(first)
+    stored(first, range(2000, 2050))
+    first.close()
+    rig = make_rig(page_size, disk=root)
+    assert not rig.nodes()
+    whole = len(HISTORY) // page_size * page_size
+    assert comes_back(rig) == whole
+    assert rig.krul.counters.adopted_tokens == whole
+    rig.evict()
+    before = len(files(root))
+    rig.written()
+    assert comes_back(rig, tail=9) == whole, "and is not stored twice"
+    assert len(files(root)) >= before
+    assert comes_back(rig, range(2000, 2050)) == 50 // page_size * page_size
+
+
+def test_what_leads_to_a_stored_node_is_stored_too(make_rig, root) -> None:
+    """The other conversation keeps the shared part on the device until the server dies."""
+    first = make_rig(disk=root)
+    shared = list(range(3000, 3040))
+    first.turn([*shared, *range(100, 130)], answer=[1])
+    other = first.request([*shared, *range(200, 230)])
+    first.match(other)
+    assert first.admit(other)
+    first.prefill(other)
+    first.decode(other, 5)
+    first.evict()
+    first.written()
+    first.check()
+    first.abort(other)
+    first.close()
+    rig = make_rig(disk=root)
+    assert comes_back(rig, [*shared, *range(100, 130)]) == 70
+
+
+def test_exactness_survives_a_restart(make_rig, root) -> None:
+    settings = {"lossy": ROUNDING, "turn_ends": [1009], "disk": root}
+    first = make_rig(**settings)
+    stored(first)
+    first.close()
+    rig = make_rig(**settings)
+    req = rig.request([*HISTORY, 7])
+    assert rig.match(req) == len(HISTORY)
+    exact = sum(marks.exact_tokens(node) for node in rig.find(HISTORY))
+    assert exact == 10, "up to the end of the first turn"
+    assert comes_back(rig) == len(HISTORY)
+    rig.evict()
+    demanding = rig.turn([*HISTORY, 9], answer=[8], exact=True)
+    assert demanding.host_loaded_length <= 10
+    rig.check()
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_a_damaged_file_is_a_miss_and_is_stored_anew(make_rig, root, layer) -> None:
+    first = make_rig(disk=root)
+    stored(first)
+    first.close()
+    (file,) = files(root)
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) - 1 - (LAYERS - 1 - layer) * len(raw) // (LAYERS + 1)] ^= 4
+    file.write_bytes(raw)
+    rig = make_rig(disk=root)
+    assert comes_back(rig) == 0
+    assert rig.krul.store.stats.lost_segments == 1
+    assert disk(rig).totals()["damaged"] == 1
+    assert rig.krul.counters.recomputed_tokens == len(HISTORY)
+    rig.evict()
+    rig.written()
+    demote(rig)
+    assert comes_back(rig, tail=9) >= len(HISTORY)
+
+
+@pytest.mark.parametrize("when", ["known", "restarted"])
+def test_a_file_somebody_removed_is_a_miss(make_rig, root, when) -> None:
+    rig = make_rig(disk=root)
+    stored(rig)
+    if when == "restarted":
+        rig.close()
+        rig = make_rig(disk=root)
+    demote(rig)
+    for file in files(root):
+        file.unlink()
+    assert comes_back(rig) == 0
+    rig.evict()
+    rig.written()
+    demote(rig)
+    assert comes_back(rig, tail=9) >= len(HISTORY)
+
+
+def test_more_than_memory_holds(make_rig, root) -> None:
+    """Conversations of six times the memory budget all come back."""
+    rig = make_rig(disk=root, host_memory=150_000)
+    talks = [list(range(n * 1000, n * 1000 + 90)) for n in range(1, 25)]
+    for talk in talks:
+        rig.turn(talk, answer=[7])
+        rig.evict()
+    rig.written()
+    assert rig.krul.store.totals()["stored_bytes"] > 2 * rig.krul.store.ledger.limit
+    assert rig.krul.counters.dropped_tokens == 0
+    for talk in talks:
+        assert comes_back(rig, talk) == 90
+        rig.evict()
+    snapshot = rig.krul.store.ledger.snapshot()
+    assert snapshot["peak"] <= snapshot["limit"]
+
+
+@pytest.mark.parametrize("key", [{"extra_key": "a"}, {"cache_salt": "a"}])
+def test_another_namespace_is_a_miss(make_rig, root, key) -> None:
+    first = make_rig(disk=root)
+    stored(first)
+    first.close()
+    rig = make_rig(disk=root)
+    assert rig.match(rig.request([*HISTORY, 7], **key)) == 0
+    assert rig.match(rig.request([*HISTORY, 7])) == len(HISTORY)
+
+
+def test_a_flush_leaves_the_disk(make_rig, root) -> None:
+    rig = make_rig(disk=root)
+    stored(rig)
+    rig.cache.reset()
+    assert rig.krul.store.ledger.used == 0
+    assert files(root)
+    assert comes_back(rig) == len(HISTORY)
+
+
+def test_a_disk_that_cannot_be_written_keeps_serving_from_memory(make_rig, root) -> None:
+    rig = make_rig(disk=root, disk_limit=100)
+    stored(rig)
+    assert not files(root)
+    assert rig.krul.store.demote(1 << 40) == 0
+    assert comes_back(rig) == len(HISTORY)
+
+
+def test_a_stored_part_of_a_node_is_found(make_rig, root) -> None:
+    """The tree ends inside an entry: only what is missing joins it."""
+    first = make_rig(disk=root)
+    stored(first)
+    first.close()
+    rig = make_rig(disk=root)
+    rig.turn(HISTORY[:33], answer=[7], exact=False)
+    req = rig.request([*HISTORY, 7])
+    assert rig.match(req) == len(HISTORY)
+    assert full_data(rig.find(HISTORY)[-1]).host_value is not None
+    assert comes_back(rig) > 0

@@ -138,11 +138,15 @@ def gc(
 def forget(
     root: str | os.PathLike[str], namespace: Namespace, calls: Calls | None = None
 ) -> tuple[int, int]:
-    """Remove every entry of a namespace, of any fingerprint; how many, and their bytes.
+    """Remove every entry of a tenant, of any fingerprint; how many, and their bytes.
 
-    Entries and quarantined files whose header cannot be read go too: they might be its. What a
-    server holds in memory stays, and it may store that again. Raises OSError.
+    namespace: a part that is None matches any, so that a salt alone names all adapters that were
+    used with it; at least one part must be given (ValueError). Entries and quarantined files
+    whose header cannot be read go too: they might be the tenant's. What a server holds in memory
+    stays, and it may store that again. Raises OSError.
     """
+    if namespace == Namespace():
+        raise ValueError("an extra key or a cache salt is needed: nothing else names a tenant")
     directory = Directory(root, calls or Calls())
     remove_abandoned(directory, Catalog(directory, _NO_LIMIT).refresh())
     count = nbytes = 0
@@ -161,7 +165,8 @@ def forget(
 
 def _may_be_of(namespace: Namespace, directory: Directory, fd: int) -> bool:
     try:
-        return namespace_of(fd, directory.calls) == namespace
+        found = namespace_of(fd, directory.calls)
+        return all(part in (None, own) for part, own in zip(namespace, found, strict=True))
     except CodecError:
         return True
     finally:

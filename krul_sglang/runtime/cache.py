@@ -282,7 +282,8 @@ class KrulRadixCache(UnifiedRadixCache):
     def _evict(self, params: EvictParams, *args: Any, **kwargs: Any) -> EvictResult:
         self.restores.guard()
         began = time.perf_counter()
-        result = super()._evict(params, *args, **kwargs)
+        with self.krul.store.held_back():  # it would take the cores that gather
+            result = super()._evict(params, *args, **kwargs)
         self.krul.counters.evict_seconds += time.perf_counter() - began
         self.publish()
         return result

@@ -15,6 +15,7 @@ from krul_sglang.runtime import (
     BACKEND,
     args,
     cpu_attention,
+    epoch,
     factory,
     profiles,
     questions,
@@ -59,6 +60,15 @@ HOOKS = (
         "sglang.srt.managers.scheduler.Scheduler.get_next_batch_to_run",
         stepping.after_next_batch,
         "AFTER",
+    ),
+    *(
+        Hook(
+            "sglang.srt.managers.scheduler_components.weight_updater."
+            f"SchedulerWeightUpdaterManager.update_weights_from_{source}",
+            epoch.before_update,
+            "BEFORE",
+        )
+        for source in ("disk", "distributed", "tensor", "ipc")
     ),
     Hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.__init__",

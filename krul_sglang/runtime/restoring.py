@@ -12,6 +12,7 @@ import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +135,7 @@ class Restores:
         self.totals = Totals()
         self.plans = Plans(cache)
         self.prefetches = Prefetches(cache)
+        self._pause = ExitStack()  # of the encoder, while anything is pending
         self.parked: list[Any] = []
         """Requests that start anew and wait for their last results to be dropped."""
         self._pass: Pass | None = None
@@ -171,7 +173,8 @@ class Restores:
                 patience=PATIENCE * plan.seconds + PATIENCE,
             )
         )
-        self._krul.store.hold_back(True)
+        if len(self.pending) == 1:
+            self._pause.enter_context(self._krul.store.held_back())
         self._krul.planner.take(plan, total - end)
         if req is not None:
             self.plans.decided(req)
@@ -229,7 +232,7 @@ class Restores:
         for one in pending:
             self._finish(one)
             self._hand_over(one)
-        self._krul.store.hold_back(False)
+        self._pause.close()
         ended = time.perf_counter()
         failed = self._failed(pending)
         for one in pending:
@@ -334,7 +337,7 @@ class Restores:
             one.load.cancel()
             if one.staging is not None:
                 self.prefetches.release(one.staging)
-        self._krul.store.hold_back(False)
+        self._pause.close()
         self.pending = []
         self.parked = []
 

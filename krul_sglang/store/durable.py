@@ -69,6 +69,7 @@ class Durable:
         self._store: MemoryStore
         self._queue: queue.SimpleQueue[tuple[Segment, Payload, Origin] | None] = queue.SimpleQueue()
         self._unwritten = 0
+        self._abandoned = False
         self._idle = threading.Condition()
         self._writer: threading.Thread | None = None
 
@@ -89,13 +90,19 @@ class Durable:
                 self._writer.start()
         self._queue.put((segment, payload, origin))
 
+    def abandon(self) -> None:
+        """Write nothing more, and close the directory; what is being written may still end."""
+        self._abandoned = True
+        self._queue.put(None)
+        self.disk.close()
+
     def _write_forever(self) -> None:
         while (job := self._queue.get()) is not None:
             segment, payload, origin = job
             name = None
             try:
                 # Nobody names it any more: not worth the writing.
-                if segment.live_tokens:
+                if segment.live_tokens and not self._abandoned:
                     name = self._publish(segment, payload, origin)
             except Exception:
                 logger.exception("segment %d could not be written", segment.id)

@@ -13,8 +13,8 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from krul_sglang.codec.base import Codec, CodecError, KVRun, KVSpec, Payload, SegmentReader
@@ -77,7 +77,7 @@ class MemoryStore:
         self._worker_count = workers
         self._workers: list[threading.Thread] = []
         self._closed = False
-        self._held_back = False
+        self._held_back = 0  # callers that hold the encoder back
         self._awaited = 0  # callers that wait for the encoder
 
     # ---- writing ---------------------------------------------------------------
@@ -199,8 +199,9 @@ class MemoryStore:
             segment.state = SegmentState.SEALED
             self._held.count(segment, 1)
             self._stop_waiting(segment)
-        if self.disk is not None and segment.origin is not None:
-            self.disk.write(segment, payload, segment.origin)
+        disk, origin = self.disk, segment.origin  # either may be renounced meanwhile
+        if disk is not None and origin is not None:
+            disk.write(segment, payload, origin)
 
     def _encoder(self, name: str) -> Codec:
         codec = self._codec_for(name)
@@ -222,12 +223,18 @@ class MemoryStore:
             finally:
                 self._awaited -= 1
 
-    def hold_back(self, held: bool) -> None:
-        """Whether encoding is to pause, at the next layer, for something more urgent. It goes
-        on all the same while anyone waits for it."""
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Encoding pauses inside, from the next layer on, for something more urgent. It goes on
+        all the same while anyone waits for it."""
         with self._drained:
-            self._held_back = held
-            self._drained.notify_all()
+            self._held_back += 1
+        try:
+            yield
+        finally:
+            with self._drained:
+                self._held_back -= 1
+                self._drained.notify_all()
 
     def _pace(self) -> None:
         with self._drained:
@@ -375,6 +382,22 @@ class MemoryStore:
                     self.lost_count -= 1
                 del self._segments[segment.id]
 
+    def renounce(self) -> None:
+        """Every segment is a miss from now on, sealed or not, and the disk is left alone."""
+        with self._lock:
+            for segment in self._segments.values():
+                if segment.state is SegmentState.LOST:
+                    continue
+                self._held.count(segment, -1)
+                self.ledger.add("index", -segment.origin_bytes)
+                segment.origin = segment.file = None
+                self._drop_bytes(segment)
+                segment.state = SegmentState.LOST
+                self.lost_count += 1
+            disk, self.disk = self.disk, None
+        if disk is not None:
+            disk.abandon()
+
     def clear(self) -> None:
         """Drop everything. Ids handed out before are never handed out again."""
         with self._lock:
@@ -407,4 +430,4 @@ class MemoryStore:
     def totals(self) -> dict[str, int]:
         """Segments, tokens, raw-equivalent bytes and sealed bytes held now."""
         with self._lock:
-            return asdict(self._held)
+            return dict(vars(self._held))

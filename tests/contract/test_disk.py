@@ -6,7 +6,7 @@ import pytest
 from kv_oracle import LAYERS
 from tree_rig import Rig
 
-from krul_sglang.runtime import marks
+from krul_sglang.runtime import epoch, marks
 from krul_sglang.runtime.marks import full_data
 from krul_sglang.strategy.base import Strategy
 
@@ -209,3 +209,33 @@ def test_a_stored_part_of_a_node_is_found(make_rig, root) -> None:
     assert rig.match(req) == len(HISTORY)
     assert full_data(rig.find(HISTORY)[-1]).host_value is not None
     assert comes_back(rig) > 0
+
+
+@pytest.mark.parametrize("moment", ["staged", "sealed", "demoted", "on the device"])
+def test_new_weights_leave_nothing_to_restore(make_rig, root, moment) -> None:
+    """Whatever was stored is a miss, no file of the old weights is read or written, and what is
+    stored from now on is exact."""
+    rig = make_rig(lossy=ROUNDING, turn_ends=[1009], disk=root)
+    rig.turn(HISTORY, answer=[7])
+    if moment != "on the device":
+        rig.evict()
+    if moment in ("sealed", "demoted"):
+        rig.written()
+    if moment == "demoted":
+        demote(rig)
+    before = files(root)
+    epoch.begin(rig.cache)
+    assert rig.krul.store.ledger.snapshot()["tier"] == 0
+    if moment == "on the device":
+        rig.evict()
+        assert rig.krul.store.wait_sealed(20)
+        assert {s.codec for s in rig.krul.store._segments.values()} == {"lossless"}
+    else:
+        assert comes_back(rig) == 0
+    rig.evict()
+    assert rig.krul.store.wait_sealed(20)
+    assert comes_back(rig, tail=9) >= len(HISTORY)
+    assert len(files(root)) <= len(before) + 1
+    rig.close()
+    again = make_rig(lossy=ROUNDING, turn_ends=[1009], disk=root)
+    assert again.match(again.request([*HISTORY, 7])) in (0, len(HISTORY), 10)

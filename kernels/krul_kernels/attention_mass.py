@@ -1,8 +1,9 @@
 """How much attention a window of query rows puts on every key of a paged KV cache.
 
 ``mass[key] = sum over rows and the KV head's query heads of weight * softmax(q . k)[key]``,
-in two passes over the keys: the rows' log-sum-exp, then the probabilities, summed at once.
-Neither pass holds more than ``CHUNK`` keys of the rows x keys map.
+summed a chunk of keys at a time; never more than ``HELD`` logits of the rows x keys map are
+held. Where a request's whole map is smaller than that its logits are computed once, otherwise
+twice: for the rows' log-sum-exp, then for the probabilities.
 
 Names and layouts are FlashInfer's (0.7.2): ragged rows behind ``qo_indptr``, paged keys (NHD)
 behind ``paged_kv_indptr``/``paged_kv_indices``/``paged_kv_last_page_len``, log-sum-exp in
@@ -19,8 +20,8 @@ import math
 
 import torch
 
-CHUNK = 1024
-"""Keys whose logits the reference holds at a time, for all rows and heads of one request."""
+HELD = 1 << 20
+"""Logits that the reference holds at a time, of all rows and heads of one request."""
 
 LOG2E = math.log2(math.e)
 
@@ -161,10 +162,15 @@ def _request_mass(
 ) -> None:
     """One request's part of :func:`reference`; fills in its ``mass`` and ``lse``."""
     page_size, kv_heads, dim = k_cache.shape[1:]
-    # Beyond the last visible key there is no mass to find.
+    # Beyond the last visible key there is no mass to find, and none for rows that see nothing.
     visible = min(len(mass), int(positions.max()) + 1) if len(positions) else 0
     if visible <= 0:
         return
+    sees = None
+    if int(positions.min()) < 0:
+        sees = (positions >= 0).nonzero()[:, 0]
+        q, positions = q[sees], positions[sees]
+        weights = None if weights is None else weights[sees]
     group = q.shape[1] // kv_heads
     # [KV heads, rows x group, dim]: one matrix product a KV head and chunk.
     queries = q.to(lse.dtype).mul(sm_scale).unflatten(1, (kv_heads, group))
@@ -173,27 +179,42 @@ def _request_mass(
     all_see = int(positions.min()) + 1
 
     def logits(start: int, stop: int) -> torch.Tensor:
-        token = torch.arange(start, stop, device=q.device)
-        keys = k_cache[pages[token // page_size], token % page_size].to(queries.dtype)
+        first = start // page_size
+        own = pages[first : -(-stop // page_size)]
+        keys = k_cache.index_select(0, own).flatten(0, 1)
+        keys = keys[start - first * page_size : stop - first * page_size].to(queries.dtype)
         product = queries @ keys.permute(1, 2, 0)
-        return product if stop <= all_see else product.masked_fill_(token > last_key, -math.inf)
+        hidden = max(start, all_see)
+        if hidden < stop:
+            token = torch.arange(hidden, stop, device=q.device)
+            product[..., hidden - start :].masked_fill_(token > last_key, -math.inf)
+        return product
 
-    chunks = [(start, min(start + CHUNK, visible)) for start in range(0, visible, CHUNK)]
-    total = queries.new_full(queries.shape[:2], -math.inf)
-    # With one chunk, and so always up to CHUNK keys, the logits need not be computed twice.
-    held = logits(*chunks[0]) if len(chunks) == 1 else None
+    step = max(1, HELD // (queries.shape[0] * queries.shape[1]))
+    chunks = [(start, min(start + step, visible)) for start in range(0, visible, step)]
+    highest = queries.new_full((*queries.shape[:2], 1), -math.inf)
+    total = torch.zeros_like(highest)
     for start, stop in chunks:
-        own = logits(start, stop) if held is None else held
-        total = torch.logaddexp(total, torch.logsumexp(own, 2))
-    lse.copy_(total.unflatten(1, (-1, group)).transpose(0, 1).flatten(1)).mul_(LOG2E)
+        own = logits(start, stop)
+        # Every row sees the first key, so that its peak is finite from the first chunk on.
+        peak = torch.maximum(highest, own.amax(2, keepdim=True))
+        share = own.sub_(peak).exp_()
+        total.mul_(highest.sub_(peak).exp_()).add_(share.sum(2, keepdim=True))
+        highest = peak
+    found = (highest + total.log()).mul_(LOG2E)
+    found = found.view(kv_heads, -1, group).transpose(0, 1).flatten(1)
+    if sees is None:
+        lse.copy_(found)
+    else:
+        lse[sees] = found
 
-    # Rows that see nothing have only logits of -inf: any finite shift leaves them no mass.
-    shift = total.masked_fill(total == -math.inf, 0).unsqueeze(2)
-    counts = queries.new_ones(len(positions)) if weights is None else weights.to(queries.dtype)
-    counts = counts.repeat_interleave(group)
+    counts = total.reciprocal_().view(kv_heads, 1, -1)
+    if weights is not None:
+        counts *= weights.to(queries.dtype).repeat_interleave(group)
     for start, stop in chunks:
-        own = logits(start, stop) if held is None else held
-        mass[start:stop] = (counts @ own.sub_(shift).exp_()).T
+        if len(chunks) > 1:
+            share = logits(start, stop).sub_(highest).exp_()
+        mass[start:stop] = (counts @ share)[:, 0].T
 
 
 def _check_queries_and_keys(q: torch.Tensor, k_cache: torch.Tensor) -> None:

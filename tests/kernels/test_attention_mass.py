@@ -112,15 +112,18 @@ def test_every_dtype_accumulates_in_float32_or_better(dtype, weighted):
     assert_close((mass, lse), brute_force(case))
 
 
-@pytest.mark.parametrize("chunk", [1, 16, 37, 50])
-def test_chunks_need_not_fit_the_lengths(monkeypatch, chunk):
-    monkeypatch.setattr(attention_mass, "CHUNK", chunk)
-    case = make_case(*RAGGED)
+@pytest.mark.parametrize("held", [1, 100, 300, 999])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_chunks_need_not_fit_the_lengths(monkeypatch, held, page_size):
+    monkeypatch.setattr(attention_mass, "HELD", held)
+    case = make_case(*RAGGED, page_size=page_size)
     assert_close(window_attention_mass(**case), brute_force(case))
 
 
-def test_more_keys_than_a_chunk():
-    case = make_case([2500, 1024], [[2499, 1500, 2000], [1023, 5]])
+def test_more_keys_than_a_chunk(monkeypatch):
+    """Chunks end before all that a row sees, and begin beyond it."""
+    monkeypatch.setattr(attention_mass, "HELD", 3 * 4 * 1024)
+    case = make_case([2500, 1024], [[2499, 900, 2000], [1023, 5]])
     assert_close(window_attention_mass(**case), brute_force(case))
 
 
@@ -212,11 +215,11 @@ def peak_bytes(case: Case, total_kv: int) -> int:
 
 
 def test_memory_follows_the_chunk_not_the_keys(monkeypatch):
-    monkeypatch.setattr(attention_mass, "CHUNK", 128)
+    one_chunk = 64 * 4 * 128 * 4  # rows x heads x keys, float32
+    monkeypatch.setattr(attention_mass, "HELD", one_chunk // 4)
     rows = list(range(4000, 4064))
     short = peak_bytes(make_case([4096], [rows]), 4096)
     long = peak_bytes(make_case([16384], [rows]), 16384)
-    one_chunk = 64 * 4 * 128 * 4  # rows x heads x keys, float32
     outputs = 2 * 4 * (16384 - 4096)
     assert one_chunk < short < 6 * one_chunk
     assert long - short < 3 * outputs + one_chunk

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -157,14 +158,108 @@ def inspect(
     api_key: Annotated[
         str | None, typer.Option(help="Where the server has an --admin-api-key or --api-key.")
     ] = None,
+    dir: Annotated[
+        Path | None,
+        typer.Option(help="Show what this --krul-dir holds instead; no server is needed."),
+    ] = None,
 ) -> None:
-    """Show what a running server stores of its conversations."""
+    """Show what is stored of conversations: by a running server, or in a disk tier's directory.
+
+    `krul inspect` asks the server at --url; `krul inspect --dir DIR` reads the headers of the
+    files a server keeps in its --krul-dir, whether or not one is running.
+    """
     from krul_sglang.inspection.command import run
 
+    if dir is not None:
+        _inspect_directory(dir, conversation, limit, json, of_server=detail or png is not None)
     try:
         run(url, conversation, detail=detail, json=json, png=png, limit=limit, api_key=api_key)
     except (OSError, ValueError) as error:
         print(f"krul inspect: error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def _inspect_directory(
+    directory: Path, conversation: str | None, limit: int, json: bool, of_server: bool
+) -> NoReturn:
+    from krul_sglang.upkeep.stored import run
+
+    if of_server:
+        print(
+            "krul inspect: error: --detail and --png ask a running server; drop --dir",
+            file=sys.stderr,
+        )
+        raise typer.Exit(2)
+    _upkeep("inspect", lambda: run(directory, conversation, limit, json))
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="The server's --krul-dir.")],
+    json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
+) -> None:
+    """Read and check every byte of every entry in a disk tier's directory.
+
+    What is damaged moves to quarantine/ below it, so that no server finds it again: for a server
+    that is running it is a miss, computed anew and stored again. Exit code 0 when all is sound, 1
+    when anything was damaged or unreadable, 2 for a directory that is none. Reads everything once:
+    it takes as long as copying the directory.
+    """
+    from krul_sglang.upkeep.verify import run
+
+    _upkeep("verify", lambda: run(directory, json))
+
+
+@app.command()
+def gc(
+    directory: Annotated[Path, typer.Argument(help="The server's --krul-dir.")],
+    limit: Annotated[
+        str | None, typer.Option(help="Remove the least recently used until this much is left.")
+    ] = None,
+    unused_for: Annotated[
+        str | None, typer.Option(help="Remove what nobody used for 30d, 12h, 90min or 45s.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
+) -> None:
+    """Make room in a disk tier's directory: `krul gc DIR --limit 20GB --unused-for 30d`.
+
+    Without options it only clears up: files of writers that died, empty folders, and quarantine
+    beyond its bounds. Servers keep to their --krul-disk by themselves; this is for less than that,
+    or for a directory no server uses any more. Safe beside running servers: what it removes is a
+    miss for them.
+    """
+    from krul_sglang.upkeep.gc import run
+
+    _upkeep("gc", lambda: run(directory, limit, unused_for, json))
+
+
+@app.command()
+def forget(
+    directory: Annotated[Path, typer.Argument(help="The server's --krul-dir.")],
+    cache_salt: Annotated[
+        str | None, typer.Option(help="The tenant's `cache_salt`, as its requests carry it.")
+    ] = None,
+    extra_key: Annotated[
+        str | None, typer.Option(help="The tenant's `extra_key`, as its requests carry it.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
+) -> None:
+    """Erase one tenant from a disk tier's directory: all that was stored under its salt or key.
+
+    Both together name what was stored under both. Entries and quarantined files whose header
+    cannot be read go too. A running server keeps what it holds in memory: stop it or flush it
+    first (`POST /flush_cache`). File systems may keep removed bytes until they are overwritten.
+    """
+    from krul_sglang.upkeep.forget import run
+
+    _upkeep("forget", lambda: run(directory, cache_salt, extra_key, json))
+
+
+def _upkeep(command: str, action: Callable[[], int]) -> NoReturn:
+    try:
+        raise typer.Exit(action())
+    except (OSError, ValueError) as error:
+        print(f"krul {command}: error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 
@@ -187,6 +282,30 @@ def trace(
         run(url, limit=limit, json=json, png=png, api_key=api_key)
     except (OSError, ValueError) as error:
         print(f"krul trace: error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def top(
+    url: Annotated[str, typer.Option(help="The server's address.")] = "http://127.0.0.1:30000",
+    once: Annotated[
+        bool,
+        typer.Option("--once", help="Print it once; so it is where the output is no terminal."),
+    ] = False,
+    interval: Annotated[
+        float, typer.Option(min=0.2, max=60, help="Seconds between two looks at the server.")
+    ] = 1.0,
+    api_key: Annotated[
+        str | None, typer.Option(help="Where the server has an --admin-api-key or --api-key.")
+    ] = None,
+) -> None:
+    """Watch a running server: tiers against their budgets, restores, evictions; Ctrl-C ends it."""
+    from krul_sglang.inspection.top import run
+
+    try:
+        run(url, once=once, interval=interval, api_key=api_key)
+    except (OSError, ValueError) as error:
+        print(f"krul top: error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 

@@ -26,7 +26,7 @@ def console() -> Console:
 def conversations(out: Console, body: Row) -> None:
     """The list, newest first."""
     shown = body["conversations"]
-    table = _table(*_COLUMNS)
+    table = table_of(*_COLUMNS)
     for one in shown:
         table.add_row(*_cells(one))
     out.print(table)
@@ -35,7 +35,7 @@ def conversations(out: Console, body: Row) -> None:
 
 def conversation(out: Console, body: Row) -> None:
     """One conversation and its segments."""
-    table = _table(*_COLUMNS)
+    table = table_of(*_COLUMNS)
     table.add_row(*_cells(body))
     out.print(table)
     if body["lost_tokens"]:
@@ -44,7 +44,7 @@ def conversation(out: Console, body: Row) -> None:
         out.print("Nothing of it is stored.")
         return
     names = ("start", "tokens", "state", "codec", "step", "bytes", "raw", "ratio")
-    table = _table(*names, title="Segments", left=("state", "codec"))
+    table = table_of(*names, title="Segments", left=("state", "codec"))
     for one in body["segments"]:
         table.add_row(
             str(one["start"]),
@@ -52,9 +52,9 @@ def conversation(out: Console, body: Row) -> None:
             one["state"],
             one["codec"] or "-",
             _number(one["step"]),
-            _bytes(one["stored_bytes"]),
-            _bytes(one["raw_bytes"]),
-            _ratio(one["ratio"]),
+            bytes_text(one["stored_bytes"]),
+            bytes_text(one["raw_bytes"]),
+            ratio_text(one["ratio"]),
         )
     out.print(table)
 
@@ -67,7 +67,7 @@ def layers(out: Console, body: Row) -> None:
     factors = body["class_factors"]
     classes = [f"x{factor:.2g}" for factor in factors]
     names = ("layer", "reference", "step", "dropped", "error", "bytes", "ratio")
-    table = _table(*names, *classes, title="Layers", left=("reference",))
+    table = table_of(*names, *classes, title="Layers", left=("reference",))
     for one in body["layers"]:
         shares = one["classes"] or [None] * len(factors)
         table.add_row(
@@ -76,12 +76,12 @@ def layers(out: Console, body: Row) -> None:
             _number(one["step"]),
             _share(one["dropped"]) if 0 < one["dropped"] < 1 else "yes" if one["dropped"] else "no",
             _number(one["error"]),
-            ("~" if one["in_shared_frame"] else "") + _bytes(one["stored_bytes"]),
-            _ratio(one["ratio"]),
+            ("~" if one["in_shared_frame"] else "") + bytes_text(one["stored_bytes"]),
+            ratio_text(one["ratio"]),
             *(_share(share) for share in shares),
         )
     out.print(table)
-    out.print(f"Headers: {_bytes(body['header_bytes'])}.")
+    out.print(f"Headers: {bytes_text(body['header_bytes'])}.")
     if any(one["in_shared_frame"] for one in body["layers"]):
         out.print("bytes: ~ a share of frames that several layers fill.")
     if factors:
@@ -134,29 +134,32 @@ def _cells(one: Row) -> list[str]:
         str(one["exact_tokens"]),
         str(one["lossy_tokens"]),
         str(len(segments) if isinstance(segments, list) else segments),
-        _bytes(one["stored_bytes"]),
-        _bytes(one["raw_bytes"]),
-        _ratio(one["ratio"]),
+        bytes_text(one["stored_bytes"]),
+        bytes_text(one["raw_bytes"]),
+        ratio_text(one["ratio"]),
         ", ".join(one["codecs"]) or "-",
-        _age(one["age_seconds"]),
+        age_text(one["age_seconds"]),
     ]
 
 
-def _table(*names: str, title: str | None = None, left: Sequence[str] = ("id", "codec")) -> Table:
+def table_of(*names: str, title: str | None = None, left: Sequence[str] = ("id", "codec")) -> Table:
+    """An empty table of these columns; those in ``left`` are flush left."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in names:
         table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
     return table
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
+    """``2.17 MB``."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count} B"
 
 
-def _ratio(ratio: float | None) -> str:
+def ratio_text(ratio: float | None) -> str:
+    """``23.1x``, or a dash where there is none."""
     return "-" if ratio is None else f"{ratio:.1f}x"
 
 
@@ -168,7 +171,10 @@ def _share(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.0f} %"
 
 
-def _age(seconds: float) -> str:
+def age_text(seconds: float) -> str:
+    """``24 s``, ``50 min``, ``3.5 h``, ``12 d``."""
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.0f} d"

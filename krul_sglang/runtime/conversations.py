@@ -6,15 +6,14 @@ bounded: one pass over the nodes, and a closer look at the paths that are asked 
 
 from __future__ import annotations
 
-import hashlib
 import heapq
-import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from krul_sglang.inspection.detail import detail, pieces_of, summary
+from krul_sglang.inspection.identity import namespace_hash
 from krul_sglang.runtime import marks
 from krul_sglang.runtime.marks import full_data
 from krul_sglang.store.slots import slot_runs
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 LIMIT, MOST = 20, 200
 """Conversations that are listed, by default and at most."""
-ID_BYTES = 6
 _NONE = torch.empty(0, dtype=torch.int64)
 
 
@@ -81,8 +79,7 @@ class _Ids:
                 break
             new.append(node)
         if digest is None:
-            space = json.dumps([new[-1].key.extra_key, new[-1].key.cache_salt])
-            digest = hashlib.blake2b(space.encode(), digest_size=ID_BYTES)
+            digest = namespace_hash(new[-1].key.extra_key, new[-1].key.cache_salt)
         for node in reversed(new):
             digest = digest.copy()
             digest.update(node.key.raw_token_ids())
@@ -100,6 +97,7 @@ def _conversation(cache: KrulRadixCache, leaf: Any, ids: _Ids) -> tuple[dict[str
     pieces = pieces_of(cache.krul.store, slot_runs(stored))
     line = {
         "id": ids.of(leaf),
+        "namespace": namespace_hash(leaf.key.extra_key, leaf.key.cache_salt).hexdigest(),
         "age_seconds": round(cache.clock.age(leaf.last_access_time), 1),
         "tokens": tokens,
         "device_tokens": sum(len(node.key) for node in nodes if not node.evicted),

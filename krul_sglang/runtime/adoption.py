@@ -71,7 +71,7 @@ def _find(cache: KrulRadixCache, key: Any, node_id: int, matched: int) -> list[F
     for name in path.names if path is not None and path.stop > matched else ():
         if name.stop <= matched:
             continue
-        opened = disk.open(name, space, ids)
+        opened = durable.look(name, space, ids)
         if opened is None:
             break
         payload, agreeing = opened

@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 import weakref
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -20,10 +22,14 @@ from krul_sglang.codec.frames import header_end
 from krul_sglang.store.disk.entry import EntryName
 from krul_sglang.store.disk.payload import DiskPayload
 from krul_sglang.store.disk.tier import DiskTier, Outcome
+from krul_sglang.store.watch import StalledError, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import numpy as np
+
+    from krul_sglang.store.disk.entry import Namespace
     from krul_sglang.store.memory import MemoryStore
     from krul_sglang.store.segment import Origin, Segment
 
@@ -33,6 +39,8 @@ HEAD_BYTES = 64 << 10
 """Read when a file is opened; nearly always the payload's header and more."""
 AHEAD_BYTES = 1 << 20
 """Fewest bytes that are read at a time later."""
+WARN_SECONDS = 60.0
+"""Between two warnings that the disk does not answer."""
 
 
 class FileSource:
@@ -41,17 +49,22 @@ class FileSource:
     tier = "disk"
 
     def __init__(
-        self, payload: DiskPayload, ends: Sequence[int], whole: Callable[[memoryview], None]
+        self,
+        payload: DiskPayload,
+        ends: Sequence[int],
+        whole: Callable[[memoryview], None],
+        watch: Watch,
     ) -> None:
         """ends: by layer, how many bytes are needed to read it. whole: given all of them when
-        they are to be kept."""
-        self._payload, self._ends, self._whole = payload, ends, whole
+        they are to be kept. watch: told while the disk is asked."""
+        self._payload, self._ends, self._whole, self._watch = payload, ends, whole, watch
 
     def fetch(self, layer: int) -> None:
         """See :class:`~krul_sglang.codec.base.Source`."""
         payload, upto = self._payload, self._ends[layer]
         if payload.fetched < upto:
-            payload.fetch(max(upto, payload.fetched + AHEAD_BYTES))
+            with self._watch.around():
+                payload.fetch(max(upto, payload.fetched + AHEAD_BYTES))
 
     def keep(self) -> None:
         """See :class:`~krul_sglang.codec.base.Source`."""
@@ -66,12 +79,16 @@ class Durable:
 
     def __init__(self, disk: DiskTier) -> None:
         self.disk = disk
+        self.watch = Watch()
         self._store: MemoryStore
-        self._queue: queue.SimpleQueue[tuple[Segment, Payload, Origin] | None] = queue.SimpleQueue()
-        self._unwritten = 0
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # Entries nobody could read as the disk did not answer: nothing says they are damaged.
+        self._spared: set[EntryName] = set()
+        self._unwritten = self._jobs = 0
         self._abandoned = False
         self._idle = threading.Condition()
         self._writer: threading.Thread | None = None
+        self._warned = -WARN_SECONDS
 
     def serve(self, store: MemoryStore) -> None:
         """The memory tier in front; to be called once, before anything else."""
@@ -83,34 +100,47 @@ class Durable:
         """Write a sealed segment in the background; the store is told of it (``written``)."""
         with self._idle:
             self._unwritten += 1
+        self._later(partial(self._write, segment, payload, origin))
+
+    def _later(self, job: Callable[[], None]) -> None:
+        with self._idle:
+            self._jobs += 1
             if self._writer is None:
                 self._writer = threading.Thread(
                     target=self._write_forever, name="krul-write", daemon=True
                 )
                 self._writer.start()
-        self._queue.put((segment, payload, origin))
+        self._queue.put(job)
 
     def abandon(self) -> None:
         """Write nothing more, and close the directory; what is being written may still end."""
         self._abandoned = True
+        self._stop()
+
+    def _stop(self) -> None:
         self._queue.put(None)
+        self.watch.close()
         self.disk.close()
 
     def _write_forever(self) -> None:
         while (job := self._queue.get()) is not None:
-            segment, payload, origin = job
-            name = None
-            try:
-                # Nobody names it any more: not worth the writing.
-                if segment.live_tokens and not self._abandoned:
-                    name = self._publish(segment, payload, origin)
-            except Exception:
-                logger.exception("segment %d could not be written", segment.id)
-            self._store.written(segment, name)
+            job()
+            del job
             with self._idle:
-                self._unwritten -= 1
+                self._jobs -= 1
                 self._idle.notify_all()
-            del job, segment, payload, origin
+
+    def _write(self, segment: Segment, payload: Payload, origin: Origin) -> None:
+        name = None
+        try:
+            # Nobody names it any more: not worth the writing.
+            if segment.live_tokens and not self._abandoned:
+                name = self._publish(segment, payload, origin)
+        except Exception:
+            logger.exception("segment %d could not be written", segment.id)
+        self._store.written(segment, name)
+        with self._idle:
+            self._unwritten -= 1
 
     def _publish(self, segment: Segment, payload: Payload, origin: Origin) -> EntryName | None:
         done = self.disk.publish(
@@ -130,16 +160,49 @@ class Durable:
         return self._unwritten
 
     def wait_written(self, timeout: float) -> bool:
-        """Wait until nothing waits to be written; False after ``timeout`` seconds."""
+        """Wait until nothing waits to be written or set aside; False after ``timeout`` seconds."""
         with self._idle:
-            return self._idle.wait_for(lambda: self._unwritten == 0, timeout)
+            return self._idle.wait_for(lambda: self._jobs == 0, timeout)
 
     # ---- reading ---------------------------------------------------------------
+
+    def look(
+        self, name: EntryName, namespace: Namespace, ids: Sequence[int] | np.ndarray
+    ) -> tuple[DiskPayload, int] | None:
+        """See :meth:`~krul_sglang.store.disk.tier.DiskTier.open`; a disk that does not answer
+        is a miss too."""
+        try:
+            return self.watch.call(lambda: self.disk.open(name, namespace, ids))
+        except StalledError:
+            self._warn()
+            return None
 
     def open(
         self, segment_id: int, name: EntryName, codec_for: Callable[[str], Codec]
     ) -> SegmentReader:
-        """A reader whose source brings the bytes. Raises :class:`CodecError`."""
+        """A reader whose source brings the bytes. Raises :class:`CodecError`, also where the
+        disk does not answer."""
+        try:
+            return self.watch.call(lambda: self._open(segment_id, name, codec_for))
+        except StalledError:
+            self._warn()
+            self._spared.add(name)
+            raise CodecError(f"{name.file} cannot be read: the disk does not answer") from None
+
+    def _warn(self) -> None:
+        now = time.monotonic()
+        if now - self._warned > WARN_SECONDS:
+            self._warned = now
+            logger.warning(
+                "disk tier %s: reading takes more than %.0f s; what lies there is computed anew "
+                "until it answers",
+                self.disk.root,
+                self.watch.seconds,
+            )
+
+    def _open(
+        self, segment_id: int, name: EntryName, codec_for: Callable[[str], Codec]
+    ) -> SegmentReader:
         payload = self.disk.reopen(name)
         if payload is None:
             raise CodecError(f"{name.file} cannot be read")
@@ -152,16 +215,21 @@ class Durable:
         reader = codec.open(payload.view)
         ends = list(accumulate(reader.layer_bytes()))
         reader.source = FileSource(
-            payload, ends, lambda view: self._store.promote(segment_id, view, codec.name)
+            payload,
+            ends,
+            lambda view: self._store.promote(segment_id, view, codec.name),
+            self.watch,
         )
         return reader
 
     def set_aside(self, name: EntryName) -> None:
-        """An entry turned out to be damaged."""
-        self.disk.quarantine(name, "could not be restored")
+        """An entry turned out to be damaged; it is moved out of the way in the background."""
+        if name in self._spared:
+            self._spared.discard(name)
+        elif not self._abandoned:
+            self._later(lambda: self.disk.quarantine(name, "could not be restored"))
 
     def close(self) -> None:
         """Finish what is being written (10 s at most) and close the directory."""
         self.wait_written(10)
-        self._queue.put(None)
-        self.disk.close()
+        self._stop()

@@ -129,6 +129,7 @@ def test_a_damaged_file_is_a_miss_and_is_stored_anew(make_rig, root, layer) -> N
     rig = make_rig(disk=root)
     assert comes_back(rig) == 0
     assert rig.krul.store.stats.lost_segments == 1
+    assert rig.krul.store.disk.wait_written(20)
     assert disk(rig).totals()["damaged"] == 1
     assert rig.krul.counters.recomputed_tokens == len(HISTORY)
     rig.evict()

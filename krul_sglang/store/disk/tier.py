@@ -121,6 +121,11 @@ class DiskTier:
     # ---- what is there ---------------------------------------------------------
 
     @property
+    def root(self) -> str:
+        """The directory, as it was given."""
+        return self._directory.root
+
+    @property
     def used(self) -> int:
         """Bytes of all entries known and of those being written, in whole blocks."""
         return self._catalog.used

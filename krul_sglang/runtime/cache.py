@@ -30,6 +30,7 @@ from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from krul_sglang.config import KrulConfig
+from krul_sglang.profile.base import Profile
 from krul_sglang.restore.load import Loader, Opened
 from krul_sglang.restore.planner import Planner
 from krul_sglang.runtime import adoption, backup, marks, selection, truncation
@@ -65,6 +66,8 @@ class Krul:
     metrics: Metrics | None = None
     taps: Taps | None = None
     """Where queries are kept; None measures no attention."""
+    profile: Profile | None = None
+    """What the policy's codec works from, where it needs one."""
 
 
 class KrulRadixCache(UnifiedRadixCache):

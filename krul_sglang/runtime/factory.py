@@ -118,6 +118,7 @@ def build(config: KrulConfig, ctx: Any) -> Any:
         counters=Counters(),
         metrics=metrics,
         taps=sampled,
+        profile=profile,
     )
 
 

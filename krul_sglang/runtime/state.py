@@ -56,11 +56,19 @@ def block(cache: Any) -> dict[str, Any]:
         "restore": restoring(cache),
         "misses": counters.misses,
         "measured_requests": counters.measured_requests,
+        "quality": quality(cache),
         "fallbacks": stats.fallbacks,
         "lost_segments": stats.lost_segments,
         "memory": memory,
         "tiers": tiers(cache),
     }
+
+
+def quality(cache: Any) -> dict[str, float] | None:
+    """The budget in nats and the step that calibration expects to keep it; a segment that is
+    stored at a finer one was judged unlike calibrated text. None for other policies."""
+    profile, budget = cache.krul.profile, cache.krul.config.quality_budget
+    return None if profile is None else {"budget": budget, "step": profile.step_for(budget)}
 
 
 def tiers(cache: Any) -> dict[str, dict[str, Any]]:

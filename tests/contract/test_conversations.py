@@ -157,8 +157,9 @@ def test_namespaces_tell_the_same_tokens_apart(make_rig) -> None:
         rig.prefill(req)
         rig.decode(req, 1)
         rig.finish(req)
-    ids = {one["id"] for one in listed(rig)["conversations"]}
-    assert ids == {hashed(tokens), hashed(tokens, "adapter"), hashed(tokens, None, "tenant")}
+    told = {(one["id"], one["namespace"]) for one in listed(rig)["conversations"]}
+    spaces = ((None, None), ("adapter", None), (None, "tenant"))
+    assert told == {(hashed(tokens, *space), hashed([], *space)) for space in spaces}
 
 
 def test_a_conversation_is_found_by_how_its_id_begins(make_rig) -> None:
@@ -368,4 +369,4 @@ def test_tokens_are_never_told(make_rig) -> None:
             *("header_bytes", "class_factors", "classed_tokens", "layers", "similarity")
         }
         text = {key: value for key, value in body.items() if isinstance(value, str)}
-        assert text.keys() == {"id"}
+        assert text.keys() == {"id", "namespace"}

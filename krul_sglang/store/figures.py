@@ -18,6 +18,9 @@ class StoreStats:
     fallbacks: int = 0
     lost_segments: int = 0
     demoted_segments: int = 0
+    """Let go of in memory, as the disk has them."""
+    promoted_segments: int = 0
+    """Read from the disk and kept in memory since."""
 
 
 @dataclass

@@ -289,6 +289,7 @@ class MemoryStore:
             segment.payload, segment.codec, segment.sealed_bytes = payload, codec, len(payload)
             self._held.count(segment, 1)
             self._demotable[segment.id] = segment
+            self.stats.promoted_segments += 1
 
     def adopt(self, file: EntryName, entry: Entry, lo: int, hi: int) -> torch.Tensor:
         """Take in tokens ``lo .. hi`` of a segment that lies on the disk; returns their slot

@@ -14,10 +14,10 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model profile demo bench serve doctor test test-unit test-long test-gpu lint format docs clean
+.PHONY: help setup model profile demo demo-terminal bench serve doctor test test-unit test-long test-gpu lint format docs clean
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: ## create .venv and install everything (chooses CPU or GPU by itself)
 	@$(PYTHON) .ci/environment.py
@@ -29,7 +29,10 @@ model: setup ## convert the chat model SmolLM2-135M-Instruct into models/
 profile: model
 	@test -s $(MODEL).krul.safetensors || $(BIN)/krul calibrate --model $(MODEL) --out $(MODEL).krul.safetensors
 
-demo: model ## a conversation that is evicted and restored, turn by turn
+demo: profile ## chat in the browser, evict a conversation, see it come back
+	@GRADIO_ANALYTICS_ENABLED=False $(BIN)/python demo/app.py --model $(MODEL) $(ARGS)
+
+demo-terminal: model ## the same in a terminal: conversations that evict each other, turn by turn
 	@$(BIN)/python demo/terminal.py --model $(MODEL) $(ARGS)
 
 bench: profile ## time to first token of returning conversations, with plots (hours; docs/restore.md)

@@ -18,7 +18,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("demo", "bench", "dev")
+EXTRAS = ("demo", "bench", "dev", "remote")
 
 
 def has_nvidia_gpu() -> bool:

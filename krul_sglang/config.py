@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from krul_sglang.store.remote.address import parse_address, without_password
+
 POLICIES = ("predictive", "paper", "fixed", "lossless")
 
 DISK_BYTES = 10 * 10**9
@@ -121,6 +123,12 @@ def parse_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def parse_remote(text: str) -> str:
+    """The URL of a remote tier. Raises ValueError."""
+    parse_address(text)
+    return text.strip()
+
+
 def _setting(
     default: Any, parse: Callable[[str], Any], metavar: str, help: str, flag: str | None = None
 ) -> Any:
@@ -188,6 +196,15 @@ class KrulConfig:
         "Byte budget of that directory, all servers and models together; 10GB where it is not "
         "given. The least recently used conversations go first.",
     )
+    remote: str | None = _setting(
+        None,
+        parse_remote,
+        "URL",
+        "A Redis or Valkey server that several machines share, such as `redis://HOST:6379`: what "
+        "is stored is sent there in the background, and what it has of a conversation is fetched "
+        "while the request waits in the queue. `?ttl=7d` (the default) says how long it keeps "
+        "what nobody uses. Needs `pip install krul-sglang[remote]`.",
+    )
     recompute: str = _setting(
         "auto",
         parse_recompute,
@@ -220,6 +237,11 @@ class KrulConfig:
             raise KrulConfigError(
                 f"--krul-disk={self.disk}: no directory to keep it in; add --krul-dir PATH"
             )
+
+    @property
+    def outlives_server(self) -> bool:
+        """Whether what is stored is there when the server is not."""
+        return self.dir is not None or self.remote is not None
 
     @property
     def disk_limit(self) -> int:
@@ -311,7 +333,8 @@ class Setting:
         try:
             return self.parse(str(value))
         except ValueError as error:
-            raise KrulConfigError(f"{source}={value}: not accepted; expected {error}") from None
+            shown = without_password(str(value))
+            raise KrulConfigError(f"{source}={shown}: not accepted; expected {error}") from None
 
 
 def settings() -> Iterator[Setting]:

@@ -63,8 +63,8 @@ def store_node(cache: KrulRadixCache, node: Any, rows: torch.Tensor) -> torch.Te
 
 def _origin(cache: KrulRadixCache, node: Any) -> tuple[Namespace | None, np.ndarray]:
     """Whose tokens a node's are, and all of them from the conversation's first on; nobody's
-    where there is no disk."""
-    if cache.krul.store.disk is None:
+    where no tier below asks."""
+    if not cache.krul.store.names_origins:
         return None, np.empty(0, np.int64)
     keys = [above.key for above in reversed(list(cache.path(node.id)))]
     ids = [np.asarray(key.token_ids[: len(key)], np.int64) for key in keys]

@@ -5,12 +5,14 @@ One table feeds the check at start, ``krul doctor`` and docs/compatibility.md.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from krul_sglang.config import KrulConfig, KrulConfigError
+from krul_sglang.store.remote.address import without_password
 
 Predicate = Callable[[Any, Any, KrulConfig], bool]
 
@@ -178,18 +180,18 @@ REFUSALS = (
     Refusal(
         "--enable-lora",
         "an adapter is known by name only, so what it computed must not outlive the server",
-        "drop --krul-dir",
+        "drop --krul-dir and --krul-remote",
         lambda cfg, model, krul: (
             bool(getattr(cfg, "enable_lora", None) or getattr(cfg, "lora_paths", None))
-            and krul.dir is not None
+            and krul.outlives_server
         ),
     ),
     Refusal(
         "--load-format",
         "weights that are made up at start are not told apart by their files",
-        "drop --krul-dir",
+        "drop --krul-dir and --krul-remote",
         lambda cfg, model, krul: (
-            str(getattr(cfg, "load_format", "auto")) == "dummy" and krul.dir is not None
+            str(getattr(cfg, "load_format", "auto")) == "dummy" and krul.outlives_server
         ),
     ),
     Refusal(
@@ -277,7 +279,17 @@ def check_input(krul: KrulConfig, record: Any) -> None:
     """
     check_version()
     check_model_path(str(record.model_path))
+    check_client(krul)
     _raise_first(record, None, krul)
+
+
+def check_client(krul: KrulConfig) -> None:
+    """Raise :class:`KrulConfigError` where the remote tier's client package is missing."""
+    if krul.remote is not None and importlib.util.find_spec("redis") is None:
+        raise KrulConfigError(
+            f"--krul-remote={without_password(krul.remote)}: the client package is not "
+            'installed; run `pip install "krul-sglang[remote]"`'
+        )
 
 
 def check_model_path(path: str) -> None:

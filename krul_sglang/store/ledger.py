@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-KINDS = ("tier", "staging", "prefetch", "loading", "index", "profile", "taps")
+KINDS = ("tier", "staging", "prefetch", "loading", "remote", "index", "profile", "taps")
 
 
 class Ledger:
@@ -12,7 +12,8 @@ class Ledger:
 
     tier: sealed payloads. staging: raw runs waiting to be encoded, and what was measured of
     them. prefetch: rows decoded for requests that wait in the queue. loading:
-    sealed payloads on their way from the disk. index: the tree's slot
+    sealed payloads on their way from the disk. remote: those that wait to be sent to the
+    remote tier, or came from it and have yet to join the tree. index: the tree's slot
     ids and the segments' own records. profile: the model's calibrated maps. taps: buffers
     for sampled queries where they are in host memory, and a byte a token of the pool and
     layer for the attention it drew.

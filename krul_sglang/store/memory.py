@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from krul_sglang.store.disk.entry import Entry, EntryName
     from krul_sglang.store.durable import Durable
+    from krul_sglang.store.remote.tier import RemoteTier
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +52,19 @@ class MemoryStore:
         fallback: str,
         workers: int = 1,
         disk: Durable | None = None,
+        remote: RemoteTier | None = None,
     ) -> None:
         """``codec_for(name)`` gives a codec; ``fallback`` names the exact one used when
         another codec cannot encode a run; ``workers`` threads encode; ``disk`` is the tier
-        behind this one."""
+        behind this one, ``remote`` one that other machines share."""
         self.disk = disk
         if disk is not None:
             disk.serve(self)
         self.spec = spec
         self.ledger = Ledger(limit)
+        self.remote = remote
+        if remote is not None:
+            remote.serve(self.ledger)
         self.stats = StoreStats()
         self._held = Held()
         self.lost_count = 0
@@ -83,6 +88,11 @@ class MemoryStore:
     # ---- writing ---------------------------------------------------------------
 
     @property
+    def names_origins(self) -> bool:
+        """Whether a tier below needs to know whose tokens a segment's are."""
+        return self.disk is not None or self.remote is not None
+
+    @property
     def staging_limit(self) -> int:
         """Bytes of raw rows that may wait at once."""
         return self.ledger.limit // STAGING_SHARE
@@ -103,7 +113,8 @@ class MemoryStore:
     ) -> tuple[Segment, torch.Tensor]:
         """Take a raw run over (its tensors must not change any more) and queue its encoding.
 
-        origin: whose tokens they are, for the disk; None keeps them off it. Returns the segment
+        origin: whose tokens they are, for the tiers below; None keeps them off those. Returns the
+        segment
         and its slot ids, int64 ``[tokens]``.
         """
         with self._lock:
@@ -118,7 +129,7 @@ class MemoryStore:
                 raw_bytes=run.nbytes,
                 live_tokens=run.tokens,
                 run=run,
-                origin=origin if self.disk is not None else None,
+                origin=origin if self.names_origins else None,
             )
             self._next_id += 1
             self._segments[segment.id] = segment
@@ -199,9 +210,16 @@ class MemoryStore:
             segment.state = SegmentState.SEALED
             self._held.count(segment, 1)
             self._stop_waiting(segment)
-        disk, origin = self.disk, segment.origin  # either may be renounced meanwhile
-        if disk is not None and origin is not None:
+        # Each may be renounced meanwhile.
+        disk, remote, origin = self.disk, self.remote, segment.origin
+        if origin is None:
+            return
+        if remote is not None:
+            remote.offer(segment, payload, origin)
+        if disk is not None:
             disk.write(segment, payload, origin)
+        else:
+            self.written(segment, None)
 
     def _encoder(self, name: str) -> Codec:
         codec = self._codec_for(name)
@@ -291,9 +309,15 @@ class MemoryStore:
             self._demotable[segment.id] = segment
             self.stats.promoted_segments += 1
 
-    def adopt(self, file: EntryName, entry: Entry, lo: int, hi: int) -> torch.Tensor:
-        """Take in tokens ``lo .. hi`` of a segment that lies on the disk; returns their slot
-        ids, int64 ``[hi - lo]``."""
+    def adopt(
+        self, file: EntryName, entry: Entry, lo: int, hi: int, payload: Payload | None = None
+    ) -> torch.Tensor:
+        """Take in tokens ``lo .. hi`` of a segment that lies on the disk, or whose ``payload``
+        came from elsewhere; returns their slot ids, int64 ``[hi - lo]``."""
+        disk = self.disk if payload is not None else None
+        origin = None
+        if disk is not None:
+            origin = Origin(entry.namespace, entry.ids, entry.exact_tokens)
         with self._lock:
             segment = Segment(
                 id=self._next_id,
@@ -306,13 +330,18 @@ class MemoryStore:
                 state=SegmentState.SEALED,
                 codec=entry.codec,
                 sealed_bytes=entry.payload_bytes,
-                file=file,
+                payload=payload,
+                file=file if payload is None else None,
+                origin=origin,
                 waiting=False,
             )
             self._next_id += 1
             self._segments[segment.id] = segment
             self._held.count(segment, 1)
             self.ledger.add("index", segment.index_bytes)
+            self.ledger.add("tier", segment.resident_bytes)
+        if disk is not None and payload is not None and origin is not None:
+            disk.write(segment, payload, origin)
         return slot_ids(segment.id, segment.tokens)[lo:hi]
 
     # ---- reading ---------------------------------------------------------------
@@ -396,6 +425,9 @@ class MemoryStore:
                 segment.state = SegmentState.LOST
                 self.lost_count += 1
             disk, self.disk = self.disk, None
+            remote, self.remote = self.remote, None
+        if remote is not None:
+            remote.close()
         if disk is not None:
             disk.abandon()
 
@@ -425,6 +457,8 @@ class MemoryStore:
                 worker.join(timeout=10)
         if self.disk is not None:
             self.disk.close()
+        if self.remote is not None:
+            self.remote.close()
 
     # ---- what is stored --------------------------------------------------------
 

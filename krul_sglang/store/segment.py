@@ -35,7 +35,7 @@ SLOT_BYTES = 8
 
 @dataclass(frozen=True)
 class Origin:
-    """Whose tokens a segment holds, kept until the disk has it.
+    """Whose tokens a segment holds, kept until the tiers below have it.
 
     ids: int64 ``[end]``, the conversation's token ids up to the segment's end.
     exact_tokens: leading tokens of the run that are exact.

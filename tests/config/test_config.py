@@ -77,6 +77,11 @@ REFUSED = {
     "host_memory": ("-4GB", "a size such as 4GB, 512MiB or a number of bytes"),
     "dir": (" ", "a path"),
     "disk": ("none", "a size such as 4GB, 512MiB or a number of bytes"),
+    "remote": (
+        "http://h",
+        "redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE], rediss:// for TLS or unix:///SOCKET "
+        "(valkey:// and valkeys:// mean the same), and ?ttl=7d if need be",
+    ),
     "attention": ("maybe", "on or off"),
     "recompute": ("1.5", "one of auto, never, FRACTION, from 0 to 1 such as 0.25"),
     "profile": ("", "a path"),
@@ -115,6 +120,13 @@ def test_a_disk_budget_needs_a_directory() -> None:
         KrulConfig.from_values({"disk": "4GB"})
     assert KrulConfig.from_values({"disk": "4GB", "dir": "/tier"}).disk_limit == 4 * 10**9
     assert KrulConfig.from_values({"dir": "/tier"}).disk_limit == 10**10
+
+
+def test_a_password_is_not_printed() -> None:
+    with pytest.raises(KrulConfigError) as error:
+        KrulConfig.from_values({"remote": "redis://user:secret@h:port"})
+    assert str(error.value).startswith("--krul-remote=redis://***@h:port: not accepted")
+    assert "secret" not in str(error.value)
 
 
 def test_unknown_names_are_refused_with_the_nearest_one() -> None:

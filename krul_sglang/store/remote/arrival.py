@@ -1,0 +1,45 @@
+"""An entry that arrived: nothing of it is believed before all of it agrees."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from krul_sglang.codec.base import CodecError
+from krul_sglang.store.disk.entry import Entry, EntryName, Namespace
+from krul_sglang.store.disk.header import name_of, read_head
+
+
+class ForeignArrivalError(Exception):
+    """A sound entry, but of another namespace or conversation than was asked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """name, entry: what it is. payload: the codec's bytes, checked."""
+
+    name: EntryName
+    entry: Entry
+    payload: memoryview
+
+
+def receive(name: EntryName, raw: bytes, namespace: Namespace, ids: np.ndarray) -> Arrival:
+    """Check the bytes that lay under ``name`` for the conversation ``ids`` (from position 0).
+
+    Raises :class:`CodecError` where they are not what was stored under that name, and
+    :class:`ForeignArrivalError` where they are, and yet not this conversation's.
+    """
+    if len(raw) != name.size:
+        raise CodecError(f"{len(raw)} bytes, named as {name.size}")
+    view = memoryview(raw)
+    entry, offset = read_head(lambda at, length: raw[at : at + length], len(raw))
+    if entry.fingerprint != name.fingerprint or name_of(entry, offset) != name:
+        raise CodecError("its header is not what it is named after")
+    payload = view[offset:]
+    if zlib.crc32(payload) != entry.payload_crc:
+        raise CodecError("payload checksum differs")
+    if entry.namespace != namespace or not np.array_equal(entry.ids, ids[: name.stop]):
+        raise ForeignArrivalError("another namespace or conversation")
+    return Arrival(name, entry, payload)

@@ -93,3 +93,17 @@ def serve(chat_model: Path) -> Serve:
             server.stop()
 
     return start
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the tests of rare damage went through, in figures."""
+    lines = [
+        f"{report.nodeid.partition('::')[0].rpartition('/')[2]}: {text}"
+        for report in terminalreporter.getreports("passed")
+        for name, text in report.user_properties
+        if name == "counts"
+    ]
+    if lines:
+        terminalreporter.section("counts")
+        for line in sorted(lines):
+            terminalreporter.write_line(line)

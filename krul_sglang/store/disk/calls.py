@@ -6,6 +6,7 @@ link planted below the root leads nowhere.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ _CLOEXEC = os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 class Calls:
-    """Thin, stateless. All raise OSError."""
+    """Thin, stateless. All but :meth:`close` raise OSError."""
 
     def open_root(self, path: str, create: bool) -> int:
         """The root itself may be a link: the operator named it."""
@@ -73,4 +74,10 @@ class Calls:
         fcntl.flock(fd, operation)
 
     def close(self, fd: int) -> None:
+        """Of what was not written to, so that a failure says nothing; the descriptor is gone."""
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+    def close_written(self, fd: int) -> None:
+        """Some file systems say only now that what was written did not fit."""
         os.close(fd)

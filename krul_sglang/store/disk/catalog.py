@@ -41,6 +41,7 @@ class Catalog:
         # Of each shard: the mtime it was listed at (0: list it again), and what is known of it.
         self._shards: dict[tuple[bytes, str], tuple[int, set[EntryName]]] = {}
         self._hidden: set[EntryName] = set()  # of no use, and to be left where it is
+        self._stuck: set[EntryName] = set()  # damaged, and to be set aside once the disk lets us
         self._logged: set[EntryName] = set()
 
     @property
@@ -61,6 +62,7 @@ class Catalog:
         """Take in an entry that was put in place, used last at ``ns``."""
         with self.lock:
             self._hidden.discard(name)
+            self._stuck.discard(name)
             self.index.add(name, ns)
             self._shards.setdefault((name.fingerprint, name.shard), (0, set()))[1].add(name)
 
@@ -93,15 +95,26 @@ class Catalog:
 
     def _set_aside(self, name: EntryName, reason: str) -> None:
         with self.lock:
-            if name in self._hidden:
+            if name in self._stuck:
                 return
-            self.damaged += name in self.index or name not in self._logged
+            counts = name in self.index
             self._drop(name)
         self.log_once(name, f"is damaged ({reason}) and set aside")
+        counts |= self._put_away(name)
+        with self.lock:
+            self.damaged += counts
+
+    def _put_away(self, name: EntryName) -> bool:
+        """Quarantine a file, or remove it where that cannot be; False where it is gone."""
         try:
-            quarantine(self.directory, name)
+            try:
+                return quarantine(self.directory, name)
+            except OSError:
+                self.directory.remove(name)
         except OSError:
-            self.drop(name, hide=True)
+            with self.lock:
+                self._stuck.add(name)
+        return True
 
     def log_once(self, name: EntryName, text: str) -> None:
         """A warning about an entry, the first time only."""
@@ -167,7 +180,8 @@ class Catalog:
                 if victim in self.index:
                     self.index.touch(victim, ns)
             return
-        self.directory.remove(victim)
+        with contextlib.suppress(IsADirectoryError):  # nothing we put there
+            self.directory.remove(victim)
         with self.lock:
             self._drop(victim)
             if ns is not None:
@@ -188,6 +202,9 @@ class Catalog:
             self._refreshed = time.monotonic()
             with self.lock:
                 gone = set(self._shards)
+                stuck, self._stuck = self._stuck, set()
+            for name in stuck:
+                self._put_away(name)
             for fingerprint, shard, changed in self.directory.shards():
                 key = fingerprint, shard
                 gone.discard(key)
@@ -207,7 +224,7 @@ class Catalog:
             for name in known - found.names:
                 self._drop(name)
             names = self._shards[key][1] if key in self._shards else set()
-            for name in self._hidden.intersection(found.entries):
+            for name in (self._hidden | self._stuck).intersection(found.entries):
                 del found.entries[name]
             for name, ns in found.entries.items():
                 # A clock that was ahead once must not make an entry stay for ever.

@@ -58,9 +58,8 @@ class Directory:
         fd = self.calls.open_root(self.root, create)
         try:
             for part in (LAYOUT, *parts):
-                child = self._child(part, fd, create)
-                self.calls.close(fd)
-                fd = child
+                parent, fd = fd, self._child(part, fd, create)
+                self.calls.close(parent)
             yield fd
         finally:
             self.calls.close(fd)
@@ -166,7 +165,7 @@ class Directory:
                     if self._durable:
                         self.calls.sync(fd)
                 finally:
-                    self.calls.close(fd)
+                    self.calls.close_written(fd)
                 self.calls.replace(draft, name.file, directory, directory)
             except BaseException:
                 with contextlib.suppress(OSError):

@@ -15,8 +15,9 @@ MAX_BYTES = 256 << 20
 """What may lie in quarantine, beside the tier's own budget."""
 
 
-def quarantine(directory: Directory, name: EntryName) -> None:
-    """Move a damaged file out of the way. Raises OSError; one that is gone is fine."""
+def quarantine(directory: Directory, name: EntryName) -> bool:
+    """Move a damaged file out of the way; False where it is gone. Raises OSError."""
+    moved = False
     kept = f"{time.time_ns():020d}.{name.fingerprint.hex()[:16]}.{name.file}"
     with (
         contextlib.suppress(FileNotFoundError),
@@ -24,7 +25,9 @@ def quarantine(directory: Directory, name: EntryName) -> None:
         directory.at(name.fingerprint.hex(), name.shard) as source,
     ):
         directory.calls.replace(name.file, kept, source, target)
+        moved = True
     trim(directory)
+    return moved
 
 
 def quarantined(directory: Directory) -> list[tuple[str, int]]:

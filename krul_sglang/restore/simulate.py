@@ -154,11 +154,11 @@ def pyramid(planner: Planner, turn: Turn, steps: int = STEPS) -> Split:
             end[p, p:] = begun + compute[p]
             source[p, p:] = came[p, : sums.size - p]
         below.append(source)
-    p, s = np.unravel_index(int(end.argmin()), end.shape)
+    p, s = divmod(int(end.argmin()), sums.size)
     seconds, loads = float(end[p, s]), []
     for source in reversed(below):
         loads.append(round(choices[p]))
-        p, s = source[p, s], s - p
+        p, s = int(source[p, s]), s - p
     return Split(seconds, loads[::-1])
 
 

@@ -2,14 +2,19 @@
 
 import json
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 from batches import step
-from kv_oracle import LAYERS
+from faulty_codec import Faults, install
+from kv_oracle import LAYERS, oracle
 from tree_rig import Rig
 
-from krul_sglang.runtime.restoring import LayerCounter
+from krul_sglang.runtime import restoring
 
 
 def stored_and_damaged(rig: Rig, rank: int) -> list[int]:
@@ -53,29 +58,56 @@ def victim_too_large_for_one_rank(rig: Rig, rank: int) -> dict:
     return {"dropped": rig.krul.counters.dropped_tokens, "nodes": len(rig.nodes())}
 
 
-def failure_under_way_on_one_rank(rig: Rig, rank: int) -> dict:
-    """A load overlaps with the pass and fails on rank 1: both start the request anew."""
-    rig.cache.restores.overlapped = True
-    rig.krul.pool.register_layer_counter(LayerCounter(rig.cache.restores, LAYERS))
-    history = stored_and_damaged(rig, rank)
-    req = rig.request([*history, 5])
-    loaded, anew = [], []
-    for _ in range(2):
-        rig.match(req)
-        assert rig.admit(req)
-        loaded.append(req.prefix_len)
-        anew.append(len(step(rig, [req])))
-    rig.decode(req, 6)
-    rig.finish(req)
-    return {"loaded": loaded, "anew": anew}
+def under_way(rig: Rig, rank: int, layer: int | None, stalls: bool = False) -> dict:
+    """Two requests return to one node, whose load overlaps with the pass. On rank 1 it fails at
+    ``layer`` (None: its bytes are bad) or does not get past it. Both ranks start both anew."""
+    faults = Faults()
+    install(rig, faults)
+    history = stored_and_damaged(rig, rank if layer is None else 0)
+    if rank == 1:
+        faults.layer = layer
+        faults.gate = threading.Event() if stalls else None
+    waiting = [rig.request([*history, last]) for last in (5, 6)]
+    reqs, loaded, anew = list(waiting), [], []
+    while waiting:
+        for req in waiting:
+            rig.match(req)
+            assert rig.admit(req)
+            loaded.append(req.host_loaded_length)
+        with releasing(faults.gate):
+            waiting = step(rig, waiting)
+        anew.append(len(waiting))
+        assert len(anew) < 3, "requests start anew for ever"
+        faults.layer = None
+    for req in reqs:
+        tokens = tuple(req.full_untruncated_fill_ids)
+        assert rig.rows_of(req, len(tokens)).equal(oracle(tokens)), "not what a prefill gives"
+        rig.decode(req, 7)
+        rig.finish(req)
+    return {"loaded": loaded, "anew": anew, "late": rig.cache.restores.totals.late > 0}
 
 
-SCENES = (
-    failure_under_way_on_one_rank,
-    damage_on_one_rank,
-    budget_short_on_one_rank,
-    victim_too_large_for_one_rank,
-)
+@contextmanager
+def releasing(gate: threading.Event | None) -> Iterator[None]:
+    """Let a load that stalls go on after half a second, long after patience has ended."""
+    if gate is None or gate.is_set():
+        yield
+        return
+    timer = threading.Timer(0.5, gate.set)
+    timer.start()
+    yield
+    timer.join()
+
+
+SCENES: dict[str, Callable[[Rig, int], dict]] = {
+    **{f"fails at layer {n}": partial(under_way, layer=n) for n in range(LAYERS)},
+    "stalls": partial(under_way, layer=1, stalls=True),
+    "bad bytes": partial(under_way, layer=None),
+    **{
+        scene.__name__: scene
+        for scene in (damage_on_one_rank, budget_short_on_one_rank, victim_too_large_for_one_rank)
+    },
+}
 
 
 def main(rank: int, store: str) -> None:
@@ -87,11 +119,12 @@ def main(rank: int, store: str) -> None:
         # A rank that decides alone leaves the other waiting in a collective.
         timeout=timedelta(seconds=30),
     )
+    restoring.PATIENCE = 0.1
     out = {}
-    for scene in SCENES:
-        rig = Rig(group=dist.group.WORLD)
+    for name, scene in SCENES.items():
+        rig = Rig(group=dist.group.WORLD, overlapped=isinstance(scene, partial))
         assert rig.cache.tp_world_size == 2
-        out[scene.__name__] = scene(rig, rank)
+        out[name] = scene(rig, rank)
         rig.check()
         rig.close()
     dist.barrier()

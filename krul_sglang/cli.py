@@ -322,9 +322,15 @@ def docs(
     folder: Annotated[Path, typer.Option(help="The docs folder to write to.")] = Path("docs"),
 ) -> None:
     """Regenerate the generated parts of the documentation."""
+    from krul_sglang.runtime import metrics
     from krul_sglang.runtime.compat import refusals_table
 
-    for name, table in (("flags.md", flags_table()), ("compatibility.md", refusals_table())):
+    pages = {
+        "flags.md": flags_table(),
+        "compatibility.md": refusals_table(),
+        "metrics.md": metrics.table(),
+    }
+    for name, table in pages.items():
         rewrite_generated(folder / name, table)
 
 

@@ -115,6 +115,8 @@ class Load:
         self.tokens = tokens
         self.tokens_of: dict[str, int] = {}
         """Tokens by codec."""
+        self.tiers: set[str] = set()
+        """Where they come from."""
         self.stored_bytes = 0
         self.trace = LoadTrace(layers)
         self.sources: list[Source] = []
@@ -233,6 +235,7 @@ class Pipeline:
                 if piece.part.reader.source is not None:
                     load.sources.append(piece.part.reader.source)
                 size = piece.part.hi - piece.part.lo
+                load.tiers.add(piece.tier)
                 load.tokens_of[piece.codec] = load.tokens_of.get(piece.codec, 0) + size
             if not streams:
                 load._reached = self._layers

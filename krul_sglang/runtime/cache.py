@@ -36,10 +36,12 @@ from krul_sglang.restore.planner import Planner
 from krul_sglang.runtime import adoption, backup, marks, selection, truncation
 from krul_sglang.runtime.access import AccessClock
 from krul_sglang.runtime.exact import LOSSY_TOKENS, MISSED, RECOMPUTED, demands_exact
+from krul_sglang.runtime.journal import Journal
 from krul_sglang.runtime.marks import full_data
+from krul_sglang.runtime.metrics import Metrics
 from krul_sglang.runtime.pool import PoolView
 from krul_sglang.runtime.restoring import LIMIT, Restores
-from krul_sglang.runtime.state import Counters, Metrics
+from krul_sglang.runtime.state import Counters
 from krul_sglang.runtime.taps import Taps
 from krul_sglang.store.memory import MemoryStore
 from krul_sglang.store.segment import SegmentState
@@ -79,6 +81,7 @@ class KrulRadixCache(UnifiedRadixCache):
         self.krul = krul
         self.inserting_exact = False
         self.clock = AccessClock()
+        self.journal = Journal(krul.store, krul.counters)
         self.restores = Restores(self, overlapped)
         super().__init__(params)
         self.tree_core.set_hicache_enabled()
@@ -105,6 +108,12 @@ class KrulRadixCache(UnifiedRadixCache):
         """Bring the metrics up to date."""
         if self.krul.metrics is not None:
             self.krul.metrics.publish(self)
+
+    def between_steps(self) -> None:
+        """The scheduler is about to form its next batch: tell what is due to be told."""
+        self.journal.step()
+        if self.krul.metrics is not None:
+            self.krul.metrics.step(self)
 
     # ---- agreement between ranks -----------------------------------------------
 
@@ -287,7 +296,9 @@ class KrulRadixCache(UnifiedRadixCache):
         began = time.perf_counter()
         with self.krul.store.held_back():  # it would take the cores that gather
             result = super()._evict(params, *args, **kwargs)
-        self.krul.counters.evict_seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.krul.counters.evict_seconds += seconds
+        self.journal.evicted(seconds)
         self.publish()
         return result
 
@@ -320,6 +331,7 @@ class KrulRadixCache(UnifiedRadixCache):
             # Stock publishes this when a transfer is acknowledged; ours is already complete.
             self.tree_core.kv_events.record_store(node, medium=StorageMedium.CPU)
             self.krul.counters.evicted_tokens += rows.numel()
+            self.journal.stored(ids)
             written = rows.numel()
         return written
 

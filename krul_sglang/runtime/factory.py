@@ -65,8 +65,9 @@ def build(config: KrulConfig, ctx: Any) -> Any:
     from krul_sglang.runtime import taps
     from krul_sglang.runtime.cache import Krul
     from krul_sglang.runtime.disk import open_disk
+    from krul_sglang.runtime.metrics import Metrics
     from krul_sglang.runtime.pool import PoolView
-    from krul_sglang.runtime.state import Counters, Metrics
+    from krul_sglang.runtime.state import Counters
     from krul_sglang.store.memory import MemoryStore
     from krul_sglang.strategy.base import EXACT
 
@@ -105,7 +106,8 @@ def build(config: KrulConfig, ctx: Any) -> Any:
                 "model_name": str(ctx.server_args.served_model_name or ctx.model_config.model_path),
                 "tp_rank": str(ctx.tp_rank),
                 "dp_rank": str(getattr(parallel, "dp_rank", 0) or 0),
-            }
+            },
+            ("memory",) if store.disk is None else ("memory", store.disk.tier),
         )
     return Krul(
         config=config,

@@ -313,6 +313,7 @@ class Restores:
             failed=bool(failed),
         )
         self.traces.append(trace)
+        self._cache.journal.restored(trace, [one.load for one in pending])
         totals, bubbles = self.totals, trace.bubbles
         totals.passes += 1
         totals.makespan += trace.makespan

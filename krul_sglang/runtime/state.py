@@ -1,14 +1,12 @@
-"""Krul's counters, and where an operator reads them: /server_info and /metrics."""
+"""Krul's counters, and what /server_info shows of them (:mod:`.metrics` has /metrics)."""
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from typing import Any
 
 from krul_sglang.runtime import questions
 from krul_sglang.runtime.exact import LOSSY_TOKENS
-from krul_sglang.store.ledger import KINDS
 
 
 @dataclass
@@ -154,69 +152,3 @@ def add_to_cached_tokens(result: Any, streamer: Any, req: Any) -> Any:
     if result is not None and hasattr(streamer.tree_cache, "krul"):
         result["lossy"] = getattr(req, LOSSY_TOKENS, 0)
     return result
-
-
-GAUGES = {
-    "stored_tokens": "Tokens whose KV Krul stores.",
-    "stored_bytes": "Bytes of sealed segments.",
-    "raw_bytes": "Bytes the sealed segments take uncompressed.",
-    "segments": "Stored segments.",
-    "memory_bytes": "Host memory Krul holds, by kind.",
-}
-COUNTERS = {
-    "evicted_tokens": "Tokens evicted from the device into the store.",
-    "dropped_tokens": "Tokens evicted without being stored.",
-    "unstored_tokens": "Tokens evicted and not stored, as a restore would recompute them anyway.",
-    "adopted_tokens": "Tokens found on the disk that the tree did not know.",
-    "restored_tokens": "Tokens restored from the store.",
-    "recomputed_tokens": "Stored tokens that were recomputed instead.",
-    "restores": "Restores.",
-    "restore_seconds": "Seconds spent restoring.",
-    "encode_seconds": "Seconds spent encoding.",
-    "misses": "Matches whose stored part could not be used.",
-    "measured_requests": "Finished requests whose attention was measured.",
-    "fallbacks": "Segments stored losslessly because their codec could not.",
-}
-
-
-class Metrics:
-    """Prometheus objects of one rank; :meth:`publish` brings them up to date."""
-
-    def __init__(self, labels: dict[str, str]) -> None:
-        # Imported here: prometheus_client reads its multiprocess directory at import,
-        # and the scheduler has set it by now.
-        from prometheus_client import Counter, Gauge
-
-        names = list(labels)
-        self._labels = labels
-        self._lock = threading.Lock()
-        self._published: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
-        self._gauges = {
-            name: Gauge(
-                f"sglang:krul_{name}",
-                text,
-                labelnames=[*names, "kind"] if name == "memory_bytes" else names,
-                multiprocess_mode="mostrecent",
-            )
-            for name, text in GAUGES.items()
-        }
-        self._counters = {
-            name: Counter(f"sglang:krul_{name}_total", text, labelnames=names)
-            for name, text in COUNTERS.items()
-        }
-
-    def publish(self, cache: Any) -> None:
-        """Copy the rank's figures into the Prometheus objects."""
-        figures = block(cache)
-        with self._lock:
-            for name, gauge in self._gauges.items():
-                if name == "memory_bytes":
-                    for kind in KINDS:
-                        gauge.labels(**self._labels, kind=kind).set(figures["memory"][kind])
-                else:
-                    gauge.labels(**self._labels).set(figures[name])
-            for name, counter in self._counters.items():
-                delta = figures[name] - self._published[name]
-                if delta > 0:
-                    counter.labels(**self._labels).inc(delta)
-                    self._published[name] = figures[name]

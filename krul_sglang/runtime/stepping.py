@@ -90,6 +90,7 @@ def before_next_batch(scheduler: Any, *args: Any, **kwargs: Any) -> None:
     cache = _cache_of(scheduler)
     if cache is None:
         return
+    cache.between_steps()
     restores = cache.restores
     if restores.pending:  # admitted for a batch that was never run
         restores.drop(restores.settle())

@@ -18,6 +18,7 @@ from krul_sglang.store.disk.entry import Entry, EntryName, Namespace
 from krul_sglang.store.segment import RECORD_BYTES, SLOT_BYTES
 
 if TYPE_CHECKING:
+    from krul_sglang.codec.base import Payload
     from krul_sglang.runtime.cache import KrulRadixCache
 
 # Set on a request that the disk has been asked for.
@@ -30,6 +31,8 @@ class Found(NamedTuple):
     name: EntryName
     entry: Entry
     stop: int
+    payload: Payload | None = None
+    """Where it is here already."""
 
 
 def namespace(key: Any) -> Namespace:
@@ -49,7 +52,8 @@ def adopt(cache: KrulRadixCache, req: Any, key: Any, node_id: int, matched: int)
     stop = -cache.agree([-stop])[0] // cache.page_size * cache.page_size
     if stop <= matched:
         return False
-    _graft(cache, key, node_id, matched, stop, path)
+    graft(cache, key, node_id, matched, stop, path)
+    cache.krul.counters.adopted_tokens += stop - matched
     return True
 
 
@@ -79,26 +83,29 @@ def _find(cache: KrulRadixCache, key: Any, node_id: int, matched: int) -> list[F
         found.append(Found(name, payload.entry, name.start + agreeing))
         if agreeing < name.tokens:
             break
-    return found if _fits(cache, found) else []
+    return found if fits(cache, found) else []
 
 
-def _fits(cache: KrulRadixCache, found: list[Found]) -> bool:
-    """Whether memory has room for the records of what was found."""
+def fits(cache: KrulRadixCache, found: list[Found]) -> bool:
+    """Whether memory has room for the records of what was found, and for what is here of it."""
     store = cache.krul.store
     needed = sum(RECORD_BYTES + SLOT_BYTES * one.entry.tokens for one in found)
+    needed += sum(len(one.payload) for one in found if one.payload is not None)
     store.demote(store.ledger.used + needed - store.ledger.limit)
     return store.ledger.used + needed <= store.ledger.limit
 
 
-def _graft(
+def graft(
     cache: KrulRadixCache, key: Any, node_id: int, matched: int, stop: int, path: list[Found]
 ) -> None:
+    """Let tokens ``matched .. stop`` of ``key``, stored as ``path`` says, join the tree below a
+    node that ends at ``matched``."""
     store, ids, exact, is_exact = cache.krul.store, [], 0, True
-    for name, entry, _ in path:
+    for name, entry, _, payload in path:
         lo, hi = max(0, matched - name.start), min(name.tokens, stop - name.start)
         if lo >= hi:
             continue
-        ids.append(store.adopt(name, entry, lo, hi))
+        ids.append(store.adopt(name, entry, lo, hi, payload))
         if is_exact:
             exact += max(0, min(hi, name.exact_tokens) - lo)
             is_exact = hi <= name.exact_tokens
@@ -108,4 +115,3 @@ def _graft(
     assert result.prefix_len == 0, "the match would have gone on"
     cache._apply_cache_actions(result.cache_actions)
     marks.mark_adopted(core.node_by_id(result.inserted_host_node), exact)
-    cache.krul.counters.adopted_tokens += stop - matched

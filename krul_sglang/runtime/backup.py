@@ -131,7 +131,7 @@ def _make_room(cache: KrulRadixCache, nbytes: int, index: int) -> bool:
     while True:
         store.demote(store.ledger.used + needed - store.ledger.limit)
         excess = store.ledger.used + needed - store.ledger.limit
-        excess, victims = agree([excess, _tokens_worth(cache, excess)])
+        excess, victims = agree([excess, tokens_worth(cache, excess)])
         if excess <= 0:
             return True
         cache.restores.prefetches.drop_all()
@@ -144,7 +144,7 @@ def _make_room(cache: KrulRadixCache, nbytes: int, index: int) -> bool:
             return False
 
 
-def _tokens_worth(cache: KrulRadixCache, nbytes: int) -> int:
+def tokens_worth(cache: KrulRadixCache, nbytes: int) -> int:
     """How many stored tokens take about ``nbytes``, in whole pages, at least one."""
     totals = cache.krul.store.totals()
     held = max(1, cache.krul.store.ledger.used)

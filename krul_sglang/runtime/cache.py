@@ -40,6 +40,7 @@ from krul_sglang.runtime.journal import Journal
 from krul_sglang.runtime.marks import full_data
 from krul_sglang.runtime.metrics import Metrics
 from krul_sglang.runtime.pool import PoolView
+from krul_sglang.runtime.pulling import Pulls
 from krul_sglang.runtime.restoring import LIMIT, Restores
 from krul_sglang.runtime.state import Counters
 from krul_sglang.runtime.taps import Taps
@@ -83,6 +84,7 @@ class KrulRadixCache(UnifiedRadixCache):
         self.clock = AccessClock()
         self.journal = Journal(krul.store, krul.counters)
         self.restores = Restores(self, overlapped)
+        self.pulls = Pulls(self)
         super().__init__(params)
         self.tree_core.set_hicache_enabled()
         self.tree_core.is_write_back = True
@@ -93,6 +95,7 @@ class KrulRadixCache(UnifiedRadixCache):
     def reset(self) -> None:
         """Flush: the tree and every stored segment."""
         self.restores.abandon()
+        self.pulls.drop_all()
         super().reset()
         self.krul.store.clear()
         self.publish()
@@ -100,6 +103,7 @@ class KrulRadixCache(UnifiedRadixCache):
     def release_host_resources(self) -> None:
         """Shut down: stop the threads, free host memory."""
         self.restores.abandon()
+        self.pulls.drop_all()
         super().release_host_resources()
         self.krul.loader.close()
         self.krul.store.close()
@@ -171,8 +175,9 @@ class KrulRadixCache(UnifiedRadixCache):
             result.device_prefix_len + result.host_hit_length,
         ):
             result = super().match_prefix(params)
-        usable = self._usable_length(params.req, result)
         matched = result.device_prefix_len + result.host_hit_length
+        self.pulls.note(params.key, result.best_match_node, matched)
+        usable = self._usable_length(params.req, result)
         if usable < matched:
             result = super().match_prefix(replace(params, key=params.key[:usable]))
         if params.req is not None:
@@ -321,7 +326,7 @@ class KrulRadixCache(UnifiedRadixCache):
             if rows.numel() == 0:  # its stored original still exists: never encoded again
                 continue
             node = self.tree_core.node_by_id(node_id)
-            if self.krul.store.disk is not None:
+            if self.krul.store.names_origins:
                 self._store_above(node)
             ids = backup.store_node(self, node, rows)
             if ids is None:

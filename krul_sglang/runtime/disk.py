@@ -1,4 +1,4 @@
-"""The disk tier of one rank: where it lies and what its entries are bound to."""
+"""The tiers of one rank that outlive it: where they are and what their entries are bound to."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from krul_sglang.codec.base import KVSpec
     from krul_sglang.profile.base import Profile
     from krul_sglang.store.durable import Durable
+    from krul_sglang.store.remote.tier import RemoteTier
 
 
 def open_disk(
@@ -34,6 +35,19 @@ def open_disk(
         ) from error
 
 
+def open_remote(
+    config: KrulConfig, ctx: Any, spec: KVSpec, profile: Profile | None
+) -> RemoteTier | None:
+    """The remote tier, None where no server is configured; one that is not there is warned of.
+    Raises :class:`KrulConfigError`."""
+    if config.remote is None:
+        return None
+    from krul_sglang.store.disk.digest import fingerprint_of
+    from krul_sglang.store.remote.tier import RemoteTier
+
+    return RemoteTier(config.remote, fingerprint_of(identity(config, ctx, spec, profile)))
+
+
 def identity(
     config: KrulConfig, ctx: Any, spec: KVSpec, profile: Profile | None
 ) -> Mapping[str, str]:
@@ -49,7 +63,7 @@ def identity(
         model = fingerprint(model_folder(args), ctx.tp_rank, max(1, parallel.tp_size))
     except ProfileError as error:
         raise KrulConfigError(
-            f"--krul-dir={config.dir}: entries must be bound to the model, and {error}"
+            f"--krul-dir or --krul-remote: entries must be bound to the model, and {error}"
         ) from error
     settings = ("quantization", "json_model_override_args", "revision", "load_format")
     return {

@@ -64,7 +64,7 @@ def build(config: KrulConfig, ctx: Any) -> Any:
     from krul_sglang.restore.load import Loader
     from krul_sglang.runtime import taps
     from krul_sglang.runtime.cache import Krul
-    from krul_sglang.runtime.disk import open_disk
+    from krul_sglang.runtime.disk import open_disk, open_remote
     from krul_sglang.runtime.metrics import Metrics
     from krul_sglang.runtime.pool import PoolView
     from krul_sglang.runtime.state import Counters
@@ -91,6 +91,7 @@ def build(config: KrulConfig, ctx: Any) -> Any:
         EXACT.codec,
         workers=max(1, threads // 2),  # the model's own threads want the other cores
         disk=open_disk(config, ctx, pool.spec, profile),
+        remote=open_remote(config, ctx, pool.spec, profile),
     )
     if profile is not None:
         store.ledger.add("profile", profile.nbytes)
@@ -107,7 +108,7 @@ def build(config: KrulConfig, ctx: Any) -> Any:
                 "tp_rank": str(ctx.tp_rank),
                 "dp_rank": str(getattr(parallel, "dp_rank", 0) or 0),
             },
-            ("memory",) if store.disk is None else ("memory", store.disk.tier),
+            ["memory", *(own.tier for own in (store.disk, store.remote) if own is not None)],
         )
     return Krul(
         config=config,

@@ -85,6 +85,17 @@ def _disk_events(figures: Figures) -> dict[str, float]:
     return {name: disk[name] for name in DISK_EVENTS}
 
 
+REMOTE_EVENTS = (
+    "sent", "present", "unsent", "asked", "found", "declined", "no_room", "pulled", "late",
+    "vanished", "damaged", "foreign", "failed",
+)  # fmt: skip
+"""What the remote tier counts, see :class:`krul_sglang.store.remote.stats.RemoteStats`."""
+
+
+def _remote_events(figures: Figures) -> dict[str, float]:
+    return {name: figures["remote"][name] for name in REMOTE_EVENTS}
+
+
 METRICS = (
     _gauge("stored_tokens", "tokens", "Tokens whose KV Krul stores."),
     _gauge("stored_bytes", "bytes", "Bytes of sealed segments, wherever they are."),
@@ -95,8 +106,8 @@ METRICS = (
            lambda figures: figures["segments"] - figures["sealed_segments"]),
     _gauge("memory_bytes", "bytes", "Host memory Krul holds, by `kind`: sealed payloads (tier), "
            "raw rows that wait to be encoded (staging), rows decoded ahead (prefetch), payloads "
-           "on their way from the disk (loading), records (index), the model's profile, sampled "
-           "queries (taps).",
+           "on their way from the disk (loading) or to and from the remote tier (remote), records "
+           "(index), the model's profile, sampled queries (taps).",
            lambda figures: {kind: figures["memory"][kind] for kind in KINDS}, label="kind"),
     _gauge("memory_limit_bytes", "bytes", "Host memory it may hold, all kinds together.",
            _of("limit", "memory")),
@@ -154,6 +165,19 @@ METRICS = (
     _counter("disk_events", "segments", "What became of segments on the disk, by `event`: stored, "
              "present, no_room, failed; opened, vanished, foreign, unreadable, damaged; evicted.",
              _disk_events, label="event", tier="disk"),
+    _counter("pulled_tokens", "tokens", "Tokens brought from the remote tier while their request "
+             "waited in the queue.", tier="remote"),
+    _gauge("unsent_segments", "segments", "Segments that wait to be sent to the remote tier.",
+           _of("waiting", "remote"), tier="remote"),
+    _gauge("remote_degraded", "0 or 1", "Whether the remote tier does not answer now, or takes "
+           "nothing.", lambda figures: float(bool(figures["remote"]["degraded"])), tier="remote"),
+    _counter("remote_sent_bytes", "bytes", "Bytes sent to the remote tier.",
+             _of("sent_bytes", "remote"), tier="remote"),
+    _counter("remote_pulled_bytes", "bytes", "Bytes brought from it.",
+             _of("pulled_bytes", "remote"), tier="remote"),
+    _counter("remote_events", "segments", "What became of segments and conversations there, by "
+             "`event`: sent, present, unsent; asked, found, declined, no_room; pulled, late, vanished, "
+             "damaged, foreign; failed.", _remote_events, label="event", tier="remote"),
 )  # fmt: skip
 PASS_SECONDS = f"{PREFIX}restore_pass_seconds"
 _PASS_MEANING = (
@@ -178,7 +202,8 @@ def table() -> str:
 def _settled(cache: Any) -> tuple[int, int]:
     """What changes when background threads have done something."""
     store = cache.krul.store
-    return store.stats.encoded_segments, 0 if store.disk is None else store.disk.unwritten
+    unwritten = 0 if store.disk is None else store.disk.unwritten
+    return store.stats.encoded_segments, unwritten + (store.remote.unsent if store.remote else 0)
 
 
 class Metrics:
@@ -218,8 +243,12 @@ class Metrics:
 
         figures = block(cache)
         self._settled, self._published_at = _settled(cache), time.monotonic()
+        # New weights take the tiers below memory away.
+        have = {*figures["tiers"], *(["remote"] if figures["remote"] else [])}
         with self._lock:
             for metric, found in self._objects:
+                if metric.tier is not None and metric.tier not in have:
+                    continue
                 value = metric.read(figures)
                 for label, number in value.items() if metric.label else (("", value),):
                     own = {metric.label: label} if metric.label else {}

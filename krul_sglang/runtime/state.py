@@ -17,6 +17,7 @@ class Counters:
     dropped_tokens: int = 0
     unstored_tokens: int = 0
     adopted_tokens: int = 0
+    pulled_tokens: int = 0
     restored_tokens: int = 0
     recomputed_tokens: int = 0
     restores: int = 0
@@ -45,6 +46,7 @@ def block(cache: Any) -> dict[str, Any]:
             counters.unstored_tokens * krul.pool.spec.token_bytes / (ratio or 1)
         ),
         "adopted_tokens": counters.adopted_tokens,
+        "pulled_tokens": counters.pulled_tokens,
         "restored_tokens": counters.restored_tokens,
         "recomputed_tokens": counters.recomputed_tokens,
         "restores": counters.restores,
@@ -59,6 +61,7 @@ def block(cache: Any) -> dict[str, Any]:
         "lost_segments": stats.lost_segments,
         "memory": memory,
         "tiers": tiers(cache),
+        "remote": None if krul.store.remote is None else krul.store.remote.totals(),
     }
 
 
@@ -78,6 +81,7 @@ def tiers(cache: Any) -> dict[str, dict[str, Any]]:
             "bytes": memory["tier"],
             "limit": memory["limit"],
             "demoted_segments": store.stats.demoted_segments,
+            "promoted_segments": store.stats.promoted_segments,
         }
     }
     if store.disk is not None:

@@ -99,10 +99,14 @@ def before_next_batch(scheduler: Any, *args: Any, **kwargs: Any) -> None:
         if last is not None and not last.is_empty():
             last.filter_batch(reqs_to_exclude=restores.parked)
         restores.parked = [req for req in restores.parked if req not in scheduler.waiting_queue]
+    cache.pulls.set_aside(scheduler)
 
 
 def after_next_batch(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``Scheduler.get_next_batch_to_run``: who is still in the queue waits for a pass."""
     cache = _cache_of(scheduler)
-    if cache is not None and cache.restores.overlapped:
+    if cache is None:
+        return
+    if cache.restores.overlapped:
         cache.restores.prefetches.look_ahead(scheduler.waiting_queue)
+    cache.pulls.put_back(scheduler, idle=result.batch_to_run is None)

@@ -39,6 +39,7 @@ from krul_sglang.runtime.state import Counters
 from krul_sglang.store.disk.tier import DiskTier
 from krul_sglang.store.durable import Durable
 from krul_sglang.store.memory import MemoryStore
+from krul_sglang.store.remote.tier import RemoteTier
 from krul_sglang.store.segment import SegmentState
 from krul_sglang.store.slots import slot_runs
 from krul_sglang.strategy.base import EXACT, Strategy
@@ -49,10 +50,10 @@ FINGERPRINT = b"rig" + bytes(13)
 
 def build_krul(
     kvcache, *, lossy=None, host_memory=1 << 22, recompute="never", turn_ends=(), codecs=None,
-    disk=None, disk_limit=1 << 24,
+    disk=None, disk_limit=1 << 24, remote=None,
 ) -> Krul:  # fmt: skip
     """Krul over ``kvcache``; ``codecs`` maps further codec names to instances; ``disk`` is the
-    directory of a disk tier."""
+    directory of a disk tier, ``remote`` the URL of a remote one."""
     pool = PoolView(kvcache)
     known = {"lossless": LosslessCodec(pool.spec), **(codecs or {})}
     if pool.spec.dtype == "float32":
@@ -60,7 +61,8 @@ def build_krul(
     durable = None
     if disk is not None:
         durable = Durable(DiskTier(disk, FINGERPRINT, disk_limit))
-    store = MemoryStore(pool.spec, host_memory, known.__getitem__, EXACT.codec, disk=durable)
+    tiers = {"disk": durable, "remote": remote and RemoteTier(remote, FINGERPRINT)}
+    store = MemoryStore(pool.spec, host_memory, known.__getitem__, EXACT.codec, **tiers)
     policy = "lossless" if lossy is None else "predictive"
     return Krul(
         config=KrulConfig(policy=policy, host_memory=host_memory, recompute=recompute),
@@ -280,6 +282,10 @@ class Rig:
     def written(self) -> None:
         self.sealed()
         assert self.krul.store.disk.wait_written(20), "the disk tier did not finish"
+
+    def sent(self) -> None:
+        self.sealed()
+        assert self.krul.store.remote.wait_sent(20), "the remote tier did not finish"
 
     def damage(self, segment_id: int, at: int = -1) -> None:
         """Flip one byte of a sealed payload."""

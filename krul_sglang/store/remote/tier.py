@@ -68,6 +68,11 @@ class RemoteTier:
         """Send a sealed segment in the background, if there is room in the queue."""
         self._writer.offer(segment, payload, origin)
 
+    @property
+    def unsent(self) -> int:
+        """Segments that wait to be sent."""
+        return self._writer.unsent
+
     def wait_sent(self, timeout: float) -> bool:
         """Wait until nothing waits to be sent; False after ``timeout`` seconds."""
         return self._writer.wait_sent(timeout)
@@ -91,7 +96,7 @@ class RemoteTier:
         return {
             "url": self.address.shown,
             **self.stats.totals(),
-            "waiting": self._writer.unsent,
+            "waiting": self.unsent,
             "degraded": self.degraded,
         }
 

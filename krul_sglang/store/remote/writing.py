@@ -74,8 +74,9 @@ class Writer:
         with self._idle:
             if self._closed.is_set():
                 return
-            too_much = self._queued_bytes + nbytes > self._ledger.limit // QUEUE_SHARE
-            if (too_much and self.unsent) or nbytes > MAX_VALUE:
+            limit = self._ledger.limit
+            too_much = self.unsent and self._queued_bytes + nbytes > limit // QUEUE_SHARE
+            if too_much or self._ledger.used + nbytes > limit or nbytes > MAX_VALUE:
                 self._stats.add(unsent=1)
                 return
             self.unsent += 1

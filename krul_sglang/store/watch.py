@@ -66,9 +66,15 @@ class Watch:
         if not one.done.wait(self.seconds):
             one.unwanted = True
             raise StalledError
-        if one.error is not None:
-            raise one.error
-        return one.result
+        error, one.error = one.error, None
+        if error is None:
+            return one.result
+        try:
+            raise error
+        finally:
+            # Its traceback names this frame and the call: in a circle they would outlive both,
+            # with whatever file was open.
+            del error
 
     def _run(self) -> None:
         while (one := self._calls.get()) is not None:

@@ -1,7 +1,9 @@
 """Calls that may hang: made elsewhere, noticed, not repeated while they do."""
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -46,3 +48,27 @@ def test_calls_on_threads_of_others_are_watched_too(watch) -> None:
         with pytest.raises(StalledError):
             watch.call(lambda: 7)
     assert watch.call(lambda: 7) == 7
+
+
+def test_what_a_failed_call_had_open_goes_with_its_error(watch) -> None:
+    """Not when the garbage collector next comes by: it may be a file of many megabytes."""
+
+    class Opened:
+        pass
+
+    held = []
+
+    def read() -> None:
+        payload = Opened()
+        held.append(weakref.ref(payload))
+        raise ValueError(payload)
+
+    gc.disable()
+    try:
+        for _ in range(20):
+            with pytest.raises(ValueError, match="Opened"):
+                watch.call(read)
+        assert watch.call(lambda: 7) == 7, "the thread has let go of those before"
+        assert [ref() for ref in held] == [None] * 20
+    finally:
+        gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -82,11 +83,17 @@ class Restorer:
             return rows
         except CodecError:
             self.store.mark_lost(segment.id)
+            assert self.store.disk.wait_written(20), "it is set aside in the background"
             return None
         finally:
             self.store.release(ids)
 
     def close(self) -> None:
+        """Nothing that was read is held any more; the thread that opens lets go a bit later."""
+        until = time.monotonic() + 5
+        while self.store.ledger.snapshot()["loading"]:
+            assert time.monotonic() < until
+            time.sleep(0.001)
         self.store.close()
 
 

@@ -77,7 +77,11 @@ def serve(chat_model: Path) -> Serve:
     ) -> Iterator[LiveServer]:
         strict = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1", **(env or {})}
         server = LiveServer(
-            model, ["--dtype", "float32", "--sleep-on-idle", *flags], env=strict, cwd=cwd
+            model,
+            ["--dtype", "float32", "--sleep-on-idle", *flags],
+            env=strict,
+            cwd=cwd,
+            ready_seconds=600,  # other tests take the cores meanwhile
         )
         try:
             server.start()

@@ -271,6 +271,7 @@ class Pipeline:
         while (stream := self._next(link.queue)) is not None:
             load, layer = stream.load, stream.fetched
             if self._is_vain(load):
+                del stream, load  # its bytes are not kept while this thread waits
                 continue
             began = time.perf_counter()
             bad = stream.fetch(layer)
@@ -285,6 +286,7 @@ class Pipeline:
                 if load.cancelled or load.failed:
                     free = time.perf_counter()
                     self._changed.notify_all()
+                    del stream, load
                     continue
                 ended = time.perf_counter()
                 load.trace.fetched(layer, began, ended, stream.bytes_of[layer], link.tier)
@@ -311,6 +313,7 @@ class Pipeline:
             load = stream.load
             with self._changed:
                 if load.cancelled or load.failed:
+                    del stream, load
                     continue
                 sink = len(load._sinks) - 1
                 load._writing[sink] += 1

@@ -7,7 +7,6 @@ has the labels ``model_name``, ``tp_rank`` and ``dp_rank`` beside its own.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from krul_sglang.store.ledger import KINDS
 PREFIX = "sglang:krul_"
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Buckets of the histogram."""
-SETTLE_SECONDS = 1.0
+PUBLISH_SECONDS = 0.5
+"""Least time between two looks at the figures."""
 
 Figures = Mapping[str, Any]
 
@@ -176,8 +176,8 @@ METRICS = (
     _counter("remote_pulled_bytes", "bytes", "Bytes brought from it.",
              _of("pulled_bytes", "remote"), tier="remote"),
     _counter("remote_events", "segments", "What became of segments and conversations there, by "
-             "`event`: sent, present, unsent; asked, found, declined, no_room; pulled, late, vanished, "
-             "damaged, foreign; failed.", _remote_events, label="event", tier="remote"),
+             "`event`: sent, present, unsent; asked, found, declined, no_room; pulled, late, "
+             "vanished, damaged, foreign; failed.", _remote_events, label="event", tier="remote"),
 )  # fmt: skip
 PASS_SECONDS = f"{PREFIX}restore_pass_seconds"
 _PASS_MEANING = (
@@ -207,7 +207,8 @@ def _settled(cache: Any) -> tuple[int, int]:
 
 
 class Metrics:
-    """Prometheus objects of one rank; :meth:`publish` brings them up to date."""
+    """Prometheus objects of one rank; :meth:`publish` brings them up to date, which
+    :meth:`step` does when something has changed. Scheduler thread only."""
 
     def __init__(self, labels: dict[str, str], tiers: Iterable[str] = ("memory",)) -> None:
         """tiers: those this server has."""
@@ -216,8 +217,8 @@ class Metrics:
         from prometheus_client import Counter, Gauge, Histogram
 
         self._labels = labels
-        self._lock = threading.Lock()
         self._objects: list[tuple[Metric, Any]] = []
+        self._children: dict[tuple[str, str], Any] = {}
         self._published: dict[tuple[str, str], float] = {}
         have = set(tiers)
         for metric in METRICS:
@@ -233,6 +234,7 @@ class Metrics:
             self._objects.append((metric, found))
         self._passes = Histogram(PASS_SECONDS, _PASS_MEANING, list(labels), buckets=SECONDS)
         self._seen = 0
+        self._stale = True
         self._settled = (0, 0)
         self._published_at = float("-inf")
         self._passes.labels(**labels)
@@ -242,27 +244,35 @@ class Metrics:
         from krul_sglang.runtime.state import block
 
         figures = block(cache)
-        self._settled, self._published_at = _settled(cache), time.monotonic()
+        self._stale, self._settled = False, _settled(cache)
+        self._published_at = time.monotonic()
         # New weights take the tiers below memory away.
         have = {*figures["tiers"], *(["remote"] if figures["remote"] else [])}
-        with self._lock:
-            for metric, found in self._objects:
-                if metric.tier is not None and metric.tier not in have:
-                    continue
-                value = metric.read(figures)
-                for label, number in value.items() if metric.label else (("", value),):
-                    own = {metric.label: label} if metric.label else {}
-                    self._set(metric, label, found.labels(**self._labels, **own), number)
-            self._observe(cache.restores)
+        for metric, found in self._objects:
+            if metric.tier is not None and metric.tier not in have:
+                continue
+            value = metric.read(figures)
+            for label, number in value.items() if metric.label else (("", value),):
+                self._set(metric, found, label, number)
+        self._observe(cache.restores)
+
+    def touch(self) -> None:
+        """Something has changed: the next step may publish it."""
+        self._stale = True
 
     def step(self, cache: Any) -> None:
-        """Between two steps of the scheduler: publish what the encoder and the disk have done
-        since, at most once in :data:`SETTLE_SECONDS`."""
-        news = _settled(cache) != self._settled
-        if news and time.monotonic() - self._published_at > SETTLE_SECONDS:
+        """Between two steps of the scheduler: publish what has changed, here or in the background,
+        at most once in :data:`PUBLISH_SECONDS`. A decoding step may evict, and this costs 0.3 ms."""
+        news = self._stale or _settled(cache) != self._settled
+        if news and time.monotonic() - self._published_at > PUBLISH_SECONDS:
             self.publish(cache)
 
-    def _set(self, metric: Metric, label: str, child: Any, number: float) -> None:
+    def _set(self, metric: Metric, found: Any, label: str, number: float) -> None:
+        key = metric.name, label
+        child = self._children.get(key)
+        if child is None:
+            own = {metric.label: label} if metric.label else {}
+            child = self._children[key] = found.labels(**self._labels, **own)
         if metric.kind == "gauge":
             child.set(number)
             return

@@ -7,58 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from krul_kernels import attention_mass
-from krul_kernels.attention_mass import block_sums, kv_indptr, reference, window_attention_mass
-
-Case = dict[str, Any]
-
-
-def make_case(
-    lengths: list[int],
-    rows: list[list[int]],
-    *,
-    heads: tuple[int, int] = (4, 2),
-    dim: int = 64,
-    page_size: int = 16,
-    dtype: torch.dtype = torch.float32,
-    weighted: bool = True,
-    seed: int = 0,
-) -> Case:
-    """The op's arguments: requests of ``lengths`` keys whose query rows stand at ``rows``.
-
-    Pages lie scattered in a cache that holds others too; what no request owns is huge.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    pages = [-(-length // page_size) for length in lengths]
-    last = [(length - 1) % page_size + 1 if length else 0 for length in lengths]
-    indices = torch.randperm(sum(pages) + 3, generator=draw)[: sum(pages)]
-    cache = torch.full((sum(pages) + 3, page_size, heads[1], dim), 100.0)
-    cache[indices] = torch.randn((len(indices), *cache.shape[1:]), generator=draw) * 2
-    for end, kept in zip(torch.tensor(pages).cumsum(0).tolist(), last, strict=True):
-        if kept:
-            cache[indices[end - 1], kept:] = 100.0  # of the last page, not of the request
-    count = sum(map(len, rows))
-    return {
-        "q": torch.randn(count, heads[0], dim, generator=draw).to(dtype),
-        "qo_indptr": int32([0, *map(len, rows)]).cumsum(0).int(),
-        "k_cache": cache.to(dtype),
-        "paged_kv_indptr": int32([0, *pages]).cumsum(0).int(),
-        "paged_kv_indices": indices.int(),
-        "paged_kv_last_page_len": int32(last),
-        "q_positions": int32([position for request in rows for position in request]),
-        "weights": torch.rand(count, generator=draw) if weighted else None,
-        "sm_scale": dim**-0.5,
-    }
-
-
-def int32(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+from krul_kernels.attention_mass import block_sums, reference, window_attention_mass
+from mass_cases import Case, int32, make_case
 
 
 def brute_force(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,27 +109,6 @@ def test_block_sums_follow_the_requests():
     mass = torch.arange(1.0, 9.0).unsqueeze(1)
     sums = block_sums(mass, int32([0, 5, 5, 8]), 2)
     assert sums.flatten().tolist() == [3, 7, 5, 13, 8]
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    data=st.data(),
-    lengths=st.lists(st.integers(0, 40), max_size=4),
-    page_size=st.sampled_from([1, 4, 16]),
-    group=st.sampled_from([1, 3, 4, 8]),
-)
-def test_no_weight_is_lost(data, lengths, page_size, group):
-    """A request's mass is its rows' weights, once for each query head of the group."""
-    rows = [data.draw(st.lists(st.integers(-1, 45), max_size=4)) for _ in lengths]
-    case = make_case(lengths, rows, heads=(2 * group, 2), dim=16, page_size=page_size)
-    mass, lse = window_attention_mass(**case)
-    indptr = kv_indptr(case["paged_kv_indptr"], case["paged_kv_last_page_len"], page_size)
-    assert indptr.diff().tolist() == lengths
-    sees = torch.isfinite(lse).all(1)
-    for request, part in enumerate(mass.split(lengths)):
-        mine = slice(*case["qo_indptr"][request : request + 2].tolist())
-        wanted = group * float(case["weights"][mine][sees[mine]].sum())
-        assert part.sum(0).tolist() == pytest.approx([wanted] * 2, abs=1e-4)
 
 
 def test_wrong_arguments_are_refused():

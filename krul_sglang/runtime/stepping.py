@@ -11,6 +11,9 @@ import numpy as np
 from krul_sglang.restore.cost import Prefill
 from krul_sglang.runtime.restoring import LIMIT, Pending, reads
 
+BESIDE = 0.2
+"""Share of a pass that decoders beside it may take: its seconds are then nearly its own."""
+
 
 def _cache_of(scheduler: Any) -> Any:
     cache = getattr(scheduler, "tree_cache", None)
@@ -24,21 +27,23 @@ def run_batch(original: Callable, scheduler: Any, batch: Any, *args: Any, **kwar
         return original(scheduler, batch, *args, **kwargs)
     restores = cache.restores
     before, new = np.array(batch.prefix_lens, float), np.array(batch.extend_lens, float)
-    restored = bool(restores.pending)
+    loads = [one.load for one in restores.pending]
     restores.start_pass()
     try:
         result = original(scheduler, batch, *args, **kwargs)
     finally:
         forward = restores.end_pass()
     seconds = time.perf_counter() - forward.began - forward.wait_seconds
-    # Beside decoders that share its cores a pass says what both cost.
-    if cache.krul.pool.device.type == "cpu" and not restored:
+    failed = restores.settle(forward, int(new.sum()))
+    decoding = sum(load.trace.decode_seconds for load in loads)
+    # Beside busy decoders that share its cores a pass says what both cost. But only the passes
+    # of restores compute much on a long prefix, which costs other than from the beginning.
+    if cache.krul.pool.device.type == "cpu" and decoding <= BESIDE * seconds:
         shape = Prefill(float(new.sum()), float((new * (before + new / 2)).sum()))
         cache.krul.planner.compute.observe(shape, seconds)
-    failed = restores.settle(forward, int(new.sum()))
     if failed:
         _start_anew(scheduler, cache, batch, failed)
-    if restored:
+    if loads:
         cache.publish()
     return result
 

@@ -9,7 +9,7 @@ from kv_oracle import LAYERS, oracle
 from tree_rig import Rig
 
 from krul_sglang.codec.base import CodecError
-from krul_sglang.runtime import restoring
+from krul_sglang.runtime import restoring, stepping
 from krul_sglang.runtime.marks import full_data
 
 HISTORY = list(range(100, 140))
@@ -76,6 +76,17 @@ def test_a_restored_conversation_continues(rig) -> None:
     assert len(trace.waits) == LAYERS
     assert trace.makespan >= trace.wait_seconds
     assert restores.totals.passes == 1
+
+
+@pytest.mark.parametrize(("beside", "learns"), [(1e9, True), (0.0, False)])
+def test_a_restore_says_what_a_pass_costs_unless_decoders_took_its_cores(
+    rig, monkeypatch, beside: float, learns: bool
+) -> None:
+    monkeypatch.setattr(stepping, "BESIDE", beside)
+    factors = rig.krul.planner.compute.factors
+    known = dict(factors)
+    assert not step(rig, [returning(rig, 7, 8, 9)])
+    assert (factors != known) is learns
 
 
 def test_the_pass_waits_for_each_layer_and_no_longer(rig, faults) -> None:

@@ -109,9 +109,9 @@ class KrulRadixCache(UnifiedRadixCache):
         self.krul.store.close()
 
     def publish(self) -> None:
-        """Bring the metrics up to date."""
+        """Have the metrics brought up to date soon (:meth:`between_steps`)."""
         if self.krul.metrics is not None:
-            self.krul.metrics.publish(self)
+            self.krul.metrics.touch()
 
     def between_steps(self) -> None:
         """The scheduler is about to form its next batch: tell what is due to be told."""

@@ -261,8 +261,8 @@ class Metrics:
         self._stale = True
 
     def step(self, cache: Any) -> None:
-        """Between two steps of the scheduler: publish what has changed, here or in the background,
-        at most once in :data:`PUBLISH_SECONDS`. A decoding step may evict, and this costs 0.3 ms."""
+        """Between two steps of the scheduler: publish what changed, here or in the background,
+        at most once in :data:`PUBLISH_SECONDS`: a decoding step may evict."""
         news = self._stale or _settled(cache) != self._settled
         if news and time.monotonic() - self._published_at > PUBLISH_SECONDS:
             self.publish(cache)
@@ -273,14 +273,15 @@ class Metrics:
         if child is None:
             own = {metric.label: label} if metric.label else {}
             child = self._children[key] = found.labels(**self._labels, **own)
+        # A counter that never counted is exposed as 0 all the same: rates begin there.
+        before = self._published.get(key)
+        if number == before:
+            return
         if metric.kind == "gauge":
             child.set(number)
-            return
-        # A counter that never counted is exposed as 0 all the same: rates begin there.
-        before = self._published.get((metric.name, label), 0.0)
-        if number > before:
-            child.inc(number - before)
-            self._published[metric.name, label] = number
+        elif number > (before or 0.0):
+            child.inc(number - (before or 0.0))
+        self._published[key] = number
 
     def _observe(self, restores: Any) -> None:
         """The passes since the last time, as far as their traces are kept."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from krul_sglang.config import KrulConfig, KrulConfigError, settings
-from krul_sglang.runtime import BACKEND, compat
+from krul_sglang.runtime import BACKEND, compat, disk
 
 ATTRIBUTE = "_krul_config"
 FROM_CLI = "_krul_from_cli"
@@ -91,6 +91,7 @@ def check_resolved(original: Callable[[Any], None], record: Any) -> None:
             _explain(config, record, error)
             raise
         compat.check_settings(config, record)
+        disk.check_directory(config)
     except KrulConfigError as error:
         if getattr(record, FROM_CLI, False):
             stop(error)

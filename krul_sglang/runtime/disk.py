@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from krul_sglang.config import KrulConfig, KrulConfigError
@@ -13,6 +18,55 @@ if TYPE_CHECKING:
     from krul_sglang.profile.base import Profile
     from krul_sglang.store.durable import Durable
     from krul_sglang.store.remote.tier import RemoteTier
+
+
+logger = logging.getLogger(__name__)
+
+
+def check_directory(config: KrulConfig) -> None:
+    """Raise :class:`KrulConfigError` for a ``--krul-dir`` that could never serve, before any
+    process starts; creates one that is missing. A link to a directory will do. One that can be
+    read but not written to is served with a warning: what lies there is restored."""
+    if config.dir is None:
+        return
+    root = config.dir.absolute()
+    try:
+        os.makedirs(root, 0o700, exist_ok=True)
+        kept = os.listdir(root)
+    except OSError as error:
+        raise _refusal(config.dir, error) from error
+    if not os.access(root, os.W_OK | os.X_OK):
+        if not kept:
+            raise KrulConfigError(
+                f"--krul-dir={config.dir}: empty, and this user may not write to it; give another "
+                "directory or its permissions"
+            )
+        logger.warning(
+            "krul: --krul-dir=%s cannot be written to: what lies there is restored, nothing is "
+            "stored",
+            config.dir,
+        )
+    capacity = shutil.disk_usage(root).total
+    if capacity < config.disk_limit:
+        logger.warning(
+            "krul: --krul-disk allows %.1f GB, but the file system of %s holds %.1f GB in all",
+            config.disk_limit / 1e9,
+            config.dir,
+            capacity / 1e9,
+        )
+
+
+def _refusal(path: Path, error: OSError) -> KrulConfigError:
+    if path.is_symlink() and error.errno == errno.EEXIST:
+        why = "a link that leads nowhere"
+    elif error.errno == errno.EEXIST:
+        why = "a file, not a directory"
+    else:
+        why = f"cannot be used ({error.strerror or error})"
+    return KrulConfigError(
+        f"--krul-dir={path}: {why}; give a directory this server may write to, or a path where it "
+        "may create one"
+    )
 
 
 def open_disk(
@@ -29,10 +83,7 @@ def open_disk(
     try:
         return Durable(DiskTier(config.dir.absolute(), marks, config.disk_limit))
     except OSError as error:
-        raise KrulConfigError(
-            f"--krul-dir={config.dir}: cannot be opened ({error.strerror or error}); give a "
-            "directory this server may write to"
-        ) from error
+        raise _refusal(config.dir, error) from error
 
 
 def open_remote(

@@ -113,6 +113,19 @@ REFUSED = {
     "fp8-e5m2": flag("--kv-cache-dtype", "fp8_e5m2", shows="--kv-cache-dtype=fp8_e5m2: "),
     "fp8-e4m3": flag("--kv-cache-dtype", "fp8_e4m3", shows="--kv-cache-dtype=fp8_e4m3: "),
     "lora-lossy": flag(*LORA, shows="--enable-lora: ", why="add --krul-policy lossless"),
+    "lora-disk": flag(
+        *(*LORA, "--krul-dir", "tier"), shows="--enable-lora: ", why="drop --krul-dir", krul=EXACT
+    ),
+    "made-up-weights-disk": flag(
+        *("--load-format", "dummy", "--krul-dir", "tier"),
+        shows="--load-format=dummy: ",
+        why="drop --krul-dir",
+        krul=EXACT,
+    ),
+    "dir-file": flag(
+        "--krul-dir", __file__, shows=f"--krul-dir={__file__}: ", why="a file, not a directory"
+    ),
+    "disk-without-dir": flag("--krul-disk", "1GB", shows="--krul-disk=", why="add --krul-dir PATH"),
     "deterministic-lossy": flag(
         "--enable-deterministic-inference",
         shows="--enable-deterministic-inference: ",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -100,14 +101,15 @@ def serve(chat_model: Path) -> Serve:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What the tests of rare damage went through, in figures."""
-    lines = [
-        f"{report.nodeid.partition('::')[0].rpartition('/')[2]}: {text}"
-        for report in terminalreporter.getreports("passed")
-        for name, text in report.user_properties
-        if name == "counts"
-    ]
-    if lines:
+    """What the tests of rare damage went through: the sums of each file's figures."""
+    sums: dict[tuple[str, tuple[str, ...]], Counter[str]] = {}
+    for report in terminalreporter.getreports("passed"):
+        file = report.nodeid.partition("::")[0].rpartition("/")[2]
+        for name, figures in report.user_properties:
+            if name == "counts":
+                sums.setdefault((file, tuple(figures)), Counter()).update(figures)
+    if sums:
         terminalreporter.section("counts")
-        for line in sorted(lines):
-            terminalreporter.write_line(line)
+    for (file, names), figures in sorted(sums.items()):
+        text = ", ".join(f"{name.replace('_', ' ')} {figures[name]}" for name in names)
+        terminalreporter.write_line(f"{file}: {text}")

@@ -209,7 +209,10 @@ class Durable:
         ledger = self._store.ledger
         ledger.add("loading", payload.size)
         weakref.finalize(payload, ledger.add, "loading", -payload.size)
-        codec = codec_for(payload.entry.codec)
+        try:
+            codec = codec_for(payload.entry.codec)
+        except ValueError as error:
+            raise CodecError(f"{name.file}: {error}") from error
         payload.fetch(HEAD_BYTES if codec.in_order else payload.size)
         payload.fetch(header_end(payload.view))
         reader = codec.open(payload.view)

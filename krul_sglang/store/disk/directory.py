@@ -86,7 +86,9 @@ class Directory:
         for part in self._listed():
             if not _is_fingerprint(part):
                 continue
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError), self.at(part) as fd:
+            # One that is another user's, or a link, is not ours to look into.
+            foreign = (FileNotFoundError, NotADirectoryError, PermissionError)
+            with contextlib.suppress(*foreign), self.at(part) as fd:
                 for shard in sorted(self.calls.list_directory(fd)):
                     if len(shard) != 2 or not _HEX.issuperset(shard):
                         continue

@@ -35,7 +35,6 @@ def counts(request: pytest.FixtureRequest) -> Callable[..., None]:
     """``counts(flips=2088, wrong=0)``: shown when the tests are through."""
 
     def record(**figures: int) -> None:
-        text = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in figures.items())
-        request.node.user_properties.append(("counts", text))
+        request.node.user_properties.append(("counts", figures))
 
     return record

@@ -155,8 +155,9 @@ def _endpoint(name: str, question: Question) -> Callable:
         except UnknownError as error:
             return JSONResponse({"error": str(error)}, 404)
 
-    # FastAPI reads a parameter's type from the annotation, which is only a name here.
-    endpoint.__annotations__["request"] = Request
+    # FastAPI reads types from the annotations, which are only names here; without the second one
+    # /openapi.json and /docs of the whole server fail.
+    endpoint.__annotations__.update({"request": Request, "return": JSONResponse})
     return endpoint
 
 

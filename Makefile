@@ -40,8 +40,8 @@ bench: profile ## time to first token of returning conversations, with plots (ho
 		--json $(RESULTS)/restore.json $(ARGS)
 	@$(BIN)/python benchmarks/restore_report.py $(RESULTS)/restore.json $(RESULTS)
 
-serve: model ## serve the chat model with Krul (ARGS="--krul-policy lossless")
-	@$(BIN)/krul serve --model-path $(MODEL) $(ARGS)
+serve: profile ## serve the chat model with Krul (ARGS="--krul-policy lossless")
+	@$(BIN)/krul serve --model-path $(MODEL) --krul-profile $(MODEL).krul.safetensors $(ARGS)
 
 doctor: setup ## check this installation
 	@$(BIN)/krul doctor

@@ -5,7 +5,8 @@
 Two servers with the default policy, `--krul-attention on` and `off`, are asked the same
 conversations in turns, the order alternating. A conversation is a few turns of random prompt
 tokens with greedy answers; its time is the sum of its requests' times. Pairs are compared, so
-that what else the machine does falls on both.
+that what else the machine does falls on both. The CPU seconds that the server's processes took
+are compared, too: what else the machine does hardly moves them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.progress import track
 
@@ -25,18 +28,28 @@ from krul_sglang.live_server import LiveServer, ServerFailedError
 from krul_sglang.profile.locate import ensure
 
 
-def converse(server: LiveServer, seed: int, turns: int, prompt: int, answer: int) -> float:
-    """Seconds the requests of one conversation took."""
+def cpu_seconds(server: LiveServer) -> float:
+    """Of all its processes, since they began."""
+    assert server.process is not None
+    root = psutil.Process(server.process.pid)
+    times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
+    return sum(own.user + own.system for own in times)
+
+
+def converse(
+    server: LiveServer, seed: int, turns: int, prompt: int, answer: int
+) -> tuple[float, float]:
+    """Seconds the requests of one conversation took, and CPU seconds."""
     gen = random.Random(seed)
     history: list[int] = []
-    spent = 0.0
+    spent, used = 0.0, -cpu_seconds(server)
     for _ in range(turns):
         history += [gen.randrange(1000, 40000) for _ in range(prompt)]
         began = time.perf_counter()
         reply = server.generate(history, answer)
         spent += time.perf_counter() - began
         history += reply["output_ids"]
-    return spent
+    return spent, used + cpu_seconds(server)
 
 
 def main() -> None:
@@ -73,15 +86,15 @@ def main() -> None:
             spent = {server is on: converse(server, seed, *shape) for server in order}
             pairs.append((spent[True], spent[False]))
         measured, taps = on.krul()["measured_requests"], on.krul()["memory"]["taps"]
-    ratios = [with_it / without for with_it, without in pairs]
-    result = {
+    result: dict[str, Any] = {
         "conversation": dict(zip(("turns", "prompt", "answer"), shape, strict=True)),
         "seconds": [{"on": a, "off": b} for a, b in pairs],
-        "ratio_median": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
         "measured_requests": measured,
         "taps_bytes": taps,
     }
+    for index, kind in enumerate(("wall", "cpu")):
+        ratios = sorted(with_it[index] / without[index] for with_it, without in pairs)
+        result[kind] = {"ratio_median": statistics.median(ratios), "ratios": ratios}
     console.print_json(json.dumps({k: v for k, v in result.items() if k != "seconds"}))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))

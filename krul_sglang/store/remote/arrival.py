@@ -35,11 +35,16 @@ def receive(name: EntryName, raw: bytes, namespace: Namespace, ids: np.ndarray) 
         raise CodecError(f"{len(raw)} bytes, named as {name.size}")
     view = memoryview(raw)
     entry, offset = read_head(lambda at, length: raw[at : at + length], len(raw))
-    if entry.fingerprint != name.fingerprint or name_of(entry, offset) != name:
-        raise CodecError("its header is not what it is named after")
+    said = (entry.fingerprint, entry.start, entry.tokens, entry.exact_tokens)
+    if said != (name.fingerprint, name.start, name.tokens, name.exact_tokens):
+        raise CodecError("header and name disagree")
     payload = view[offset:]
     if zlib.crc32(payload) != entry.payload_crc:
         raise CodecError("payload checksum differs")
     if entry.namespace != namespace or not np.array_equal(entry.ids, ids[: name.stop]):
+        # The digests in the name were compared when it was found: only now is it worth knowing
+        # whether they are those of the header's tokens.
+        if name_of(entry, offset) != name:
+            raise CodecError("the header's tokens are not those its name stands for")
         raise ForeignArrivalError("another namespace or conversation")
     return Arrival(name, entry, payload)

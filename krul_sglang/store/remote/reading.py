@@ -15,7 +15,7 @@ from krul_sglang.store.disk.lookup import longest_path
 from krul_sglang.store.remote.arrival import ForeignArrivalError, receive
 from krul_sglang.store.remote.backoff import Backoff
 from krul_sglang.store.remote.client import ANSWER_SECONDS, Client, RemoteError
-from krul_sglang.store.remote.keys import LISTED, Keys, marks
+from krul_sglang.store.remote.keys import LISTED, Keys, mark_of, marks
 from krul_sglang.store.remote.pull import Pull, Stage
 from krul_sglang.store.remote.stats import RemoteStats
 
@@ -96,6 +96,7 @@ class Reader:
                 case Stage.FETCHING:
                     self._fetch(pull)
                     pull.end()
+                    self._keep_alive(pull)
         except RemoteError as error:
             self._stats.add(failed=1)
             pull.end()
@@ -159,7 +160,6 @@ class Reader:
             for name, raw in zip(batch, replies, strict=True):
                 if not self._arrived(pull, keys, name, raw, seconds):
                     return
-            self._keep_alive(pull, keys, batch)
 
     def _arrived(self, pull: Pull, keys: Keys, name: EntryName, raw: object, seconds: float):
         if not isinstance(raw, bytes):  # gone, or the key holds something else
@@ -186,10 +186,14 @@ class Reader:
         self._stats.add(pulled=1, pulled_bytes=name.size)
         return True
 
-    def _keep_alive(self, pull: Pull, keys: Keys, batch: Sequence[EntryName]) -> None:
-        """What was read is kept as long again."""
-        lists = {keys.list_of(pull.ids, name.stop) for name in batch}
-        used = [*(keys.entry(name) for name in batch), *lists]
+    def _keep_alive(self, pull: Pull) -> None:
+        """What was read is kept as long again; nobody waits for this."""
+        names = [arrival.name for arrival in pull.arrivals]
+        if not names:
+            return
+        keys = Keys(self._fingerprint, pull.namespace)
+        lists = keys.lists(pull.ids, sorted({mark_of(name.stop) for name in names}))
+        used = [*(keys.entry(name) for name in names), *lists]
         self._client.exchange([("EXPIRE", key, self._ttl) for key in used], ANSWER_SECONDS)
 
     def _remove(self, pull: Pull, keys: Keys, name: EntryName) -> None:

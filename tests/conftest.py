@@ -24,6 +24,12 @@ if not has_gpu():
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the soak lasts: `make test-long ARGS=--soak-minutes=30`."""
+    parser.addoption("--soak-minutes", type=float, default=2.0, help="default 2")
+
+
 Serve = Callable[..., AbstractContextManager[LiveServer]]
 
 

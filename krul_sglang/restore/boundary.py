@@ -15,7 +15,6 @@ that has become wrong is given up within a few restores.
 from __future__ import annotations
 
 import math
-import statistics
 from collections import deque
 
 from krul_sglang.restore.planner import block
@@ -48,7 +47,9 @@ class Boundary:
         n = len(self._shares)
         if n < LEAST:
             return 1.0
-        mean, spread = statistics.fmean(self._shares), statistics.stdev(self._shares)
+        # Not statistics.stdev: that takes a tenth of a millisecond, and every finish asks.
+        mean = math.fsum(self._shares) / n
+        spread = math.sqrt(math.fsum((share - mean) ** 2 for share in self._shares) / (n - 1))
         return min(1.0, mean + Z * spread * math.sqrt(1 + 1 / n))
 
     def of(self, history: int) -> int:

@@ -219,7 +219,7 @@ class KrulRadixCache(UnifiedRadixCache):
     def _note_lossy(self, req: Any, node_id: int) -> None:
         if self.krul.selector is not None and not req.output_ids:
             path = self.path(node_id)
-            setattr(req, LOSSY_TOKENS, sum(len(n.key) - marks.exact_tokens(n) for n in path))
+            setattr(req, LOSSY_TOKENS, sum(map(marks.lossy_tokens, path)))
 
     # ---- inserting -------------------------------------------------------------
 

@@ -36,14 +36,20 @@ def full_data(node: Any) -> Any:
 
 def exact_tokens(node: Any) -> int:
     """Leading tokens of the node that a request is served exactly, on device or restored."""
+    return len(node.key) - lossy_tokens(node)
+
+
+def lossy_tokens(node: Any) -> int:
+    """Tokens of the node that are served as KV that is not exact."""
     data = full_data(node)
-    mark = STORED if data.value is None else DEVICE
-    return min(len(node.key), data.metadata.get(mark, len(node.key)))
+    exact = data.metadata.get(STORED if data.value is None else DEVICE)
+    # Asked of every node of a path at every step, and a key's length takes a microsecond.
+    return 0 if exact is None else max(0, len(node.key) - exact)
 
 
 def is_lossy(node: Any) -> bool:
     """Whether any token of the node is served as KV that is not exact."""
-    return exact_tokens(node) < len(node.key)
+    return lossy_tokens(node) > 0
 
 
 def mark_stored(node: Any, head: int) -> None:
@@ -66,8 +72,12 @@ def mark_loaded(node: Any) -> None:
 
 def mark_computed(node: Any, exact: bool) -> None:
     """The device rows were just computed, on a prefix that was exact or was not."""
-    _set(node, DEVICE, len(node.key) if exact else 0)
-    _set(node, FIRST_HAND, len(node.key))
+    metadata = full_data(node).metadata
+    metadata.pop(FIRST_HAND, None)
+    if exact:
+        metadata.pop(DEVICE, None)
+    else:
+        metadata[DEVICE] = 0
 
 
 def first_hand_tokens(node: Any) -> int:

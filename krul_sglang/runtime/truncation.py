@@ -40,9 +40,11 @@ def cut(cache: KrulRadixCache, req: Any) -> None:
     """A request has finished and left its tokens in the tree: fix the boundary."""
     if req.last_node is None or req.skip_radix_cache_insert:
         return
-    for node in cache.path(req.last_node):
-        marks.want(node)
     path = list(cache.path(req.last_node))
+    for node in path:
+        marks.want(node)
+    if _stores_all(cache):
+        return
     length = sum(len(node.key) for node in path)
     position = max(_shared(path, length), _position(cache, length))
     if position >= length:
@@ -65,6 +67,12 @@ def _shared(path: Sequence[Any], length: int) -> int:
             return length
         length -= len(node.key)
     return 0
+
+
+def _stores_all(cache: KrulRadixCache) -> bool:
+    """Whether the boundary lies at the end whatever the history."""
+    fraction = cache.krul.config.recompute_fraction
+    return cache.restores.plans.boundary.share >= 1 if fraction is None else fraction == 0
 
 
 def _position(cache: KrulRadixCache, length: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import sys
 import threading
@@ -138,6 +139,7 @@ def run(chosen: argparse.Namespace) -> None:
         observer = stack.enter_context(Observer(client))
         comparison = Comparison(chosen.model, lambda policy: server_flags(chosen, policy))
         stack.callback(comparison.stop)
+        observer.look()
         app = build(Page(client, observer, chosen.answer), comparison)
         app.launch(
             server_name=chosen.host,
@@ -158,6 +160,7 @@ def run(chosen: argparse.Namespace) -> None:
 
 def main() -> int:
     """Returns the exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it stops its server as Ctrl-C does
     try:
         run(options())
     except DemoError as error:

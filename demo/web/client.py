@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx
 
+REPETITION = 1.15
+"""Penalty on tokens that were said: a small model that answers greedily goes round in circles."""
 PATIENCE = 60.0
 """Seconds between two bytes of an answer; a request may wait as long for others."""
 
@@ -115,7 +117,11 @@ class Client:
             "input_ids": list(ids),
             "cache_salt": salt,
             "stream": True,
-            "sampling_params": {"temperature": 0, "max_new_tokens": max_new_tokens},
+            "sampling_params": {
+                "temperature": 0,
+                "repetition_penalty": REPETITION,
+                "max_new_tokens": max_new_tokens,
+            },
         }
         answer = Answer(len(ids))
         began = time.perf_counter()

@@ -12,7 +12,7 @@ import gradio as gr
 from web.compare import POLICIES, Comparison, Script
 from web.compare_panel import compare_panel
 from web.page import PARTS, Page
-from web.sessions import SYSTEM, Conversation
+from web.sessions import SYSTEM, Conversation, Session, opening
 from web.starters import STARTERS
 
 TICK = 1.0
@@ -135,13 +135,16 @@ STYLE = Path(__file__).with_name("style.css")
 
 def build(page: Page, comparison: Comparison) -> gr.Blocks:
     """The app; launch it with :func:`theme` and :data:`STYLE`."""
+    first = page.draw(Session())  # what is there before the first event, so that nothing moves
     with gr.Blocks(title="Krul for SGLang", fill_width=True, analytics_enabled=False) as app:
         parts: dict[str, Any] = {}
-        parts["status"] = gr.HTML(elem_id="status", js_on_load=CLICK_THEME, html_template=_header())
-        parts["note"] = gr.HTML(elem_id="note", js_on_load=None)
+        parts["status"] = gr.HTML(
+            first["status"], elem_id="status", js_on_load=CLICK_THEME, html_template=_header()
+        )
+        parts["note"] = gr.HTML(first["note"], elem_id="note", js_on_load=None)
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Chat"):
-                controls = _chat(parts)
+                controls = _chat(parts, first)
             with gr.Tab("Compare policies"):
                 compare = _compare(comparison)
         timer = gr.Timer(TICK)
@@ -157,13 +160,13 @@ def _header() -> str:
     return HEADER.format(about=ABOUT, status="${value}")
 
 
-def _chat(parts: dict[str, Any]) -> dict[str, Any]:
+def _chat(parts: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
     """The chat tab; fills ``parts`` and returns what visitors operate."""
     made: dict[str, Any] = {}
-    parts["pool"] = gr.HTML(elem_id="pool", js_on_load=None)
+    parts["pool"] = gr.HTML(first["pool"], elem_id="pool", js_on_load=None)
     with gr.Row(elem_classes="k-columns", equal_height=False):
         with gr.Column(scale=3, min_width=250, elem_classes="k-side"):
-            parts["cards"] = gr.HTML(elem_id="cards", js_on_load=CLICK_CARD)
+            parts["cards"] = gr.HTML(first["cards"], elem_id="cards", js_on_load=CLICK_CARD)
             made["new"] = gr.Button("New conversation", size="md", elem_id="new")
             made["press"] = gr.Button(
                 "Create memory pressure", variant="primary", size="md", elem_id="press"
@@ -175,7 +178,7 @@ def _chat(parts: dict[str, Any]) -> dict[str, Any]:
                 label="Measure the recompute too", value=True, elem_id="measure"
             )
         with gr.Column(scale=6, min_width=320, elem_classes="k-middle"):
-            parts["document"] = gr.HTML(elem_id="document", js_on_load=None)
+            parts["document"] = gr.HTML(first["document"], elem_id="document", js_on_load=None)
             parts["chat"] = gr.Chatbot(
                 label="Chat",
                 show_label=False,
@@ -199,17 +202,19 @@ def _chat(parts: dict[str, Any]) -> dict[str, Any]:
                     container=False,
                 )
                 made["send"] = gr.Button("Send", scale=1, min_width=84, elem_id="send")
-            parts["suggest"] = gr.HTML(elem_id="suggest", js_on_load=CLICK_QUESTION)
+            parts["suggest"] = gr.HTML(
+                first["suggest"], elem_id="suggest", js_on_load=CLICK_QUESTION
+            )
         with gr.Column(scale=5, min_width=300, elem_classes="k-facts"):
-            parts["turn"] = gr.HTML(elem_id="turn", js_on_load=None)
+            parts["turn"] = gr.HTML(first["turn"], elem_id="turn", js_on_load=None)
     with gr.Row(elem_classes="k-panels", equal_height=True):
         for name in ("lanes", "strategy"):
             with gr.Column(min_width=330):
-                parts[name] = gr.HTML(elem_id=name, js_on_load=None)
+                parts[name] = gr.HTML(first[name], elem_id=name, js_on_load=None)
     with gr.Row(elem_classes="k-panels", equal_height=True):
         for name in ("storage", "similarity"):
             with gr.Column(min_width=330):
-                parts[name] = gr.HTML(elem_id=name, js_on_load=None)
+                parts[name] = gr.HTML(first[name], elem_id=name, js_on_load=None)
     return made
 
 
@@ -333,10 +338,9 @@ def script_of(one: Conversation, returns: int, answer_tokens: int) -> Script:
     turns = max(RETURNS, min(len(asked), len(questions) - returns))
     turns = min(turns, len(questions) - 1)
     first, *rest = questions[:turns]
-    opening = f"{document}\n\n{first}" if document else first
     return Script(
         messages=[{"role": "system", "content": SYSTEM}],
-        turns=[opening, *rest],
+        turns=[opening(document, first), *rest],
         returns=questions[turns : turns + returns],
         answer_tokens=min(answer_tokens, 48),
     )

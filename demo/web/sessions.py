@@ -18,6 +18,11 @@ HUES = 6
 """Colours that tell conversations apart."""
 
 
+def opening(document: str, question: str) -> str:
+    """A first message; small models need to be told that it ends in a question."""
+    return f"{document}\n\nQuestion: {question}\nAnswer briefly." if document else question
+
+
 @dataclass
 class Conversation:
     """One chat. Its ``cache_salt`` is its own, so nobody else's tokens count for it.
@@ -48,8 +53,8 @@ class Conversation:
 
     def ask(self, question: str) -> None:
         """Add the visitor's message; the first one carries the document."""
-        if self.document and len(self.messages) == 1:
-            question = f"{self.document}\n\n{question}"
+        if len(self.messages) == 1:
+            question = opening(self.document, question)
         self.messages.append({"role": "user", "content": question})
 
     def shown(self) -> list[dict[str, Any]]:
@@ -58,7 +63,8 @@ class Conversation:
         for number, message in enumerate(self.messages[1:]):
             text = message["content"]
             if number == 0 and self.document:
-                text = text.removeprefix(f"{self.document}\n\n")
+                before, after = opening(self.document, "\0").split("\0")
+                text = text.removeprefix(before).removesuffix(after)
             out.append({"role": message["role"], "content": text})
         return out
 

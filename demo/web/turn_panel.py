@@ -66,14 +66,15 @@ def _times(turn: Turn) -> str:
     elif turn.measuring:
         rows.append(_time_row("recomputed", "k-recomputed", None, 0, "measuring", "recompute"))
     else:
-        missing = "not measured" if turn.restored else "nothing was restored"
+        missing = "not measured" if turn.restored else "not needed"
         rows.append(_time_row("recomputed", "k-recomputed", None, 0, missing, "recompute"))
     gain = (
-        f"{turn.speedup:.1f} times sooner than the same prompt computed anew, measured just now"
+        f"{turn.speedup:.1f} times sooner than the same prompt computed anew; both measured"
         if turn.speedup
-        else "Time to the first token"
+        else "What the same prompt takes computed anew is measured when something was restored"
     )
-    return f'<div class="k-times">{"".join(rows)}<p class="k-note">{gain}</p></div>'
+    head = "<h4>Time to first token</h4>"
+    return f'<div class="k-times">{head}{"".join(rows)}<p class="k-note">{gain}</p></div>'
 
 
 def _time_row(

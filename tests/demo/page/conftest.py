@@ -41,7 +41,7 @@ def demo(chat_model: Path, chat_profile: Path, tmp_path_factory) -> Iterator[Dem
             command, stdout=sink, stderr=subprocess.STDOUT, env=server_environment(), text=True
         )
     try:
-        until = time.monotonic() + 240
+        until = time.monotonic() + 400
         while "The demo is at" not in log.read_text():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < until, log.read_text()
@@ -87,7 +87,7 @@ def open_page(chromium, demo: Demo) -> Iterator[Callable]:
         )
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(150_000)
         page.on("console", lambda line: said.append(f"{line.type}: {line.text}"))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.goto(demo.url)

@@ -152,7 +152,7 @@ def test_the_server_is_killed_and_comes_back(demo, open_page) -> None:
     page.wait_for_selector("#note .k-bad")
     assert "cannot be reached" in page.locator("#note").inner_text()
     assert "down" in page.locator("#status").inner_text()
-    page.wait_for_selector(".k-status:not(.k-down)", timeout=180_000)
+    page.wait_for_selector(".k-status:not(.k-down)", timeout=300_000)
     wait_for_state(page, 0, "gone")
     ask(page)
     again = counts(page)

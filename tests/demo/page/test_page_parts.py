@@ -19,7 +19,7 @@ from web.layout import script_of
 from web.list_panel import list_panel
 from web.observer import Sample
 from web.pressure import Pressure, story
-from web.sessions import Session, standing
+from web.sessions import Session, opening, standing
 from web.similarity_panel import similarity_panel
 from web.storage_panel import POINTS, storage_panel, thinned
 from web.strategy_panel import strategy_panel
@@ -397,11 +397,11 @@ def test_compared_policies_are_rows_with_bars() -> None:
 def test_a_comparison_asks_what_the_conversation_did_and_then_its_next_questions() -> None:
     one = Session().current
     script = script_of(one, 1, 96)
-    assert script.turns == [f"{one.document}\n\n{one.questions[0]}", one.questions[1]]
+    assert script.turns == [opening(one.document, one.questions[0]), one.questions[1]]
     assert script.returns == [one.questions[2]]
     one.ask("Mine?")
     script = script_of(one, 3, 16)
-    assert script.turns[0].endswith("Mine?")
+    assert script.turns[0] == opening(one.document, "Mine?")
     assert len(script.returns) == 3
     assert script.answer_tokens == 16
     bare = Session().open()

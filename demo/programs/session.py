@@ -22,13 +22,13 @@ from typing import Any
 
 import requests
 import sglang as sgl
-from report import report, show
+from endpoint import Endpoint, ProgramError
+from outcome import report, show
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from sglang.lang.chat_template import ChatTemplate, get_chat_template_by_model_path
 from sglang.lang.chat_template import chat_template_registry as templates
 from sglang.lang.global_config import global_config
-from turns import Endpoint, ProgramError
 
 from krul_sglang.live_server import LiveServer, ServerFailedError, faster_cpu_dtype, has_gpu
 from krul_sglang.profile.base import ProfileError
@@ -198,10 +198,13 @@ def _server(args: argparse.Namespace, out: Console) -> Iterator[str]:
         return
     if not (args.model / "config.json").is_file():
         raise ProgramError(f"--model {args.model}: no model there; run `make model`")
+    profile = []
     if args.policy == "predictive":
-        ensure(args.model, 1, out.print)
+        beside = args.model.with_name(f"{args.model.name}.krul.safetensors")
+        found = beside if beside.is_file() else ensure(args.model, 1, out.print)
+        profile = ["--krul-profile", str(found)]
     dtype = "auto" if has_gpu() else faster_cpu_dtype()
-    flags = ["--enable-krul", "--krul-policy", args.policy, "--dtype", dtype]
+    flags = ["--enable-krul", "--krul-policy", args.policy, "--dtype", dtype, *profile]
     # One prefill a prompt, as the pool holds little more than one.
     flags += ["--max-total-tokens", str(args.pool), "--sleep-on-idle"]
     with progress_line(out, "starting the server"):

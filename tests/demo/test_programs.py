@@ -1,12 +1,14 @@
-"""The chat programs of demo/programs, each in a process of its own, against one live server."""
+"""The chat programs of demo/programs, against one live server."""
 
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -24,22 +26,45 @@ SMALL = {
 }
 
 
-def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A program's exit code and what it printed."""
-    return subprocess.run(
-        [sys.executable, str(PROGRAMS / f"{name}.py"), *arguments],
-        capture_output=True,
-        text=True,
-        env=server_environment(),
-        timeout=400,
-        check=False,
-    )
+MODULES = ("session", "endpoint", "outcome")
 
 
-def fails(done: subprocess.CompletedProcess[str], code: int) -> str:
+@dataclass
+class Done:
+    """How a program ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """``run(name, *arguments)``: a program in this process, as importing sglang takes longer
+    than most of them. Their modules are gone afterwards."""
+
+    def start(name: str, *arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", [str(PROGRAMS / f"{name}.py"), *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield start
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+def fails(done: Done, code: int) -> str:
     """The one line on stderr of a program that ended with ``code``."""
-    assert done.returncode == code, done.stdout + done.stderr
-    (line,) = done.stderr.splitlines()
+    assert done.code == code, done.out + done.err
+    (line,) = done.err.splitlines()
     return line
 
 
@@ -53,11 +78,11 @@ def live(serve) -> Iterator[LiveServer]:
 
 @pytest.mark.server
 @pytest.mark.parametrize("name", SMALL)
-def test_what_was_evicted_comes_back(live: LiveServer, name: str) -> None:
+def test_what_was_evicted_comes_back(live: LiveServer, run, name: str) -> None:
     before = live.krul()
     done = run(name, "--url", live.url, "--answer", "4", "--json", *SMALL[name])
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
     assert found["program"] == name
     assert found["chat_template"] == "chatml"
     assert found["policy"] == "lossless"
@@ -79,9 +104,16 @@ def test_what_was_evicted_comes_back(live: LiveServer, name: str) -> None:
 
 
 @pytest.mark.server
-def test_the_table_says_where_tokens_came_from(live: LiveServer) -> None:
-    done = run(
-        "support", "--url", live.url.removeprefix("http://"), "--answer", "2", "--turns", "2"
+def test_one_command_prints_the_table(live: LiveServer) -> None:
+    """As a user runs it."""
+    url = live.url.removeprefix("http://")
+    done = subprocess.run(
+        [sys.executable, PROGRAMS / "support.py", "--url", url, "--answer", "2", "--turns", "2"],
+        capture_output=True,
+        text=True,
+        env=server_environment(),
+        timeout=400,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -94,15 +126,15 @@ def test_the_table_says_where_tokens_came_from(live: LiveServer) -> None:
 
 
 @pytest.mark.server
-def test_without_comparing_nothing_is_asked_twice(live: LiveServer) -> None:
+def test_without_comparing_nothing_is_asked_twice(live: LiveServer, run) -> None:
     done = run("agent", "--url", live.url, "--turns", "2", "--json", "--no-compare")
-    found = json.loads(done.stdout)
+    found = json.loads(done.out)
     assert found["restored_tokens"] > 0
     assert all(turn["without"] is None for turn in found["turns"])
 
 
 @pytest.mark.server
-def test_a_template_nobody_knows_is_one_line(live: LiveServer) -> None:
+def test_a_template_nobody_knows_is_one_line(live: LiveServer, run) -> None:
     line = fails(run("crowd", "--url", live.url, "--chat-template", "chatlm"), 2)
     assert "--chat-template chatlm: unknown; one of" in line
 
@@ -117,7 +149,7 @@ def test_a_template_nobody_knows_is_one_line(live: LiveServer) -> None:
         (("--turns", "0"), "--turns 0: at least 1"),
     ],
 )
-def test_what_cannot_be_is_one_line(arguments: tuple[str, ...], said: str) -> None:
+def test_what_cannot_be_is_one_line(run, arguments: tuple[str, ...], said: str) -> None:
     assert said in fails(run("support", *arguments), 2)
 
 
@@ -146,7 +178,7 @@ class Poor(BaseHTTPRequestHandler):
 @pytest.mark.parametrize(
     ("krul", "code", "said"), [(True, 1, "the server is gone"), (False, 2, "runs without Krul")]
 )
-def test_a_server_that_fails_is_one_line(krul: bool, code: int, said: str) -> None:
+def test_a_server_that_fails_is_one_line(run, krul: bool, code: int, said: str) -> None:
     """It dies under a program's own thread, which must not be waited for."""
     server = HTTPServer(("127.0.0.1", 0), type("_", (Poor,), {"krul": krul}))
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,7 +1,7 @@
 """From a conversation's sampled queries and its cached keys to what each token drew.
 
-Cost: ``rows x tokens`` logits a sampled layer, a chunk of keys at a time
-(:mod:`krul_kernels.attention_mass`); no attention map is ever held.
+Cost: ``rows x tokens`` logits a sampled layer, one layer at a time, and of that on a CPU a
+million logits (4 MB) at most (:mod:`krul_kernels.attention_mass`).
 """
 
 from __future__ import annotations

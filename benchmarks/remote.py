@@ -113,8 +113,14 @@ def measure_rate(url: str, entry_bytes: int, entries: int, repeats: int) -> dict
         if not tier.wait_sent(120) or tier.stats.sent != entries:
             raise OSError(f"{parse_address(url).shown} did not take the entries: {tier.degraded}")
         keys = sorted(client.scan_iter(f"{pattern}:kv:*"))
-        pulls, gets, nbytes = [], [], 0
-        for _ in range(repeats):
+        pulls, gets, looks, nbytes = [], [], [], 0
+        for n in range(repeats):
+            unknown = np.random.default_rng(100 + n).integers(0, 1 << 16, 2048)
+            began = time.perf_counter()
+            one = Pull(Namespace(), unknown, (0,), 0, worth=120)
+            tier.look(one)
+            one.wait(Stage.OVER, timeout=60)
+            looks.append(1e3 * (time.perf_counter() - began))
             began = time.perf_counter()
             nbytes = sum(len(client.get(key)) for key in keys)
             gets.append(nbytes / (time.perf_counter() - began) / 1e6)
@@ -135,6 +141,7 @@ def measure_rate(url: str, entry_bytes: int, entries: int, repeats: int) -> dict
     return {
         "entries": entries,
         "bytes": nbytes,
+        "look_up_ms": spread(looks),
         "pull_mb_s": spread(pulls),
         "get_mb_s": spread(gets),
         "pull_by_get": spread(quotient),
@@ -216,6 +223,11 @@ def show(out: Console, results: dict[str, Any]) -> None:
             table.add_row(name, *(f"{own[k]:.0f}" for k in ("median", "min", "max")))
         out.print(f"{rate['entries']} entries, {rate['bytes'] / 1e6:.0f} MB")
         out.print(table)
+        own = rate["look_up_ms"]
+        out.print(
+            f"looking up 2,048 tokens that nobody stored: {own['median']:.1f} ms "
+            f"({own['min']:.1f} - {own['max']:.1f})"
+        )
     if "turns" in results:
         turns = results["turns"]
         table = Table("the history is", "median s", "least", "most", box=None)

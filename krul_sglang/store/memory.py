@@ -427,7 +427,7 @@ class MemoryStore:
             disk, self.disk = self.disk, None
             remote, self.remote = self.remote, None
         if remote is not None:
-            remote.close()
+            remote.abandon()
         if disk is not None:
             disk.abandon()
 

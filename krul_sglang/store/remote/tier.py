@@ -17,6 +17,8 @@ from krul_sglang.store.remote.stats import RemoteStats
 from krul_sglang.store.remote.writing import Writer
 from krul_sglang.store.segment import Origin, Segment
 
+CLOSE_SECONDS = 5.0
+
 
 class RemoteTier:
     """Entries of one fingerprint on a server that others use too. Thread-safe.
@@ -101,6 +103,12 @@ class RemoteTier:
         }
 
     def close(self) -> None:
+        """Send what waits, if the server is well (a few seconds at most), and stop."""
+        if not self.degraded:
+            self.wait_sent(CLOSE_SECONDS)
+        self.abandon()
+
+    def abandon(self) -> None:
         """Neither send nor bring anything more. What is stored there stays."""
         self._writer.close()
         self._reader.close()

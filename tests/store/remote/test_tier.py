@@ -140,13 +140,21 @@ def test_every_flipped_bit_of_a_header_is_a_miss(tier, server, record_property) 
 
 
 def test_swapped_keys_are_a_miss(tier, server) -> None:
-    other = ids_of(4, 700)
-    send(tier, TALK, [700])
-    first = entries(server)[700]
-    send(tier, other, [700], payload=b"y" * len(server.client().get(first)))
-    client = server.client()
-    one, two = client.keys("krul:1:*:kv:*")
+    """Entries of the same size and run, so that only their token ids tell them apart."""
+    other, client = ids_of(4, 700), server.client()
+    (payload,) = send(tier, TALK, [700])
+    one = entries(server)[700]
+    size = client.strlen(one)
+    send(tier, other, [700], payload=payload)
+    (two,) = set(client.keys("krul:1:*:kv:*")) - {one}
+    filler = bytes(len(payload) + size - client.strlen(two))
+    client.delete(two)
+    pull(tier, other)  # it is forgotten
+    send(tier, other, [700], payload=filler)
+    (two,) = set(client.keys("krul:1:*:kv:*")) - {one}
     a, b = client.get(one), client.get(two)
+    assert len(a) == len(b)
+    assert came(pull(tier, other)) == [filler]
     client.mset({one: b, two: a})
     assert pull(tier, TALK).arrivals == []
     assert pull(tier, other).arrivals == []

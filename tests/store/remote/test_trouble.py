@@ -275,6 +275,14 @@ def test_the_queue_is_bounded(make_tier) -> None:
     assert ledger.used == 0
 
 
+def test_what_waits_is_sent_before_the_end(make_tier) -> None:
+    tier = make_tier()
+    for n in range(20):
+        offer(tier, ids_of(n, 500), 0, payload=bytes(300_000))
+    tier.close()
+    assert (tier.stats.sent, tier.stats.unsent) == (20, 0)
+
+
 def test_memory_that_is_full_is_not_overdrawn(make_tier) -> None:
     tier = make_tier(limit=10_000)
     tier._writer._ledger.add("tier", 9_000)

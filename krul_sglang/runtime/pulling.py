@@ -259,7 +259,7 @@ class Pulls:
 
     def _learn(self, pull: Pull) -> None:
         links = self._krul.planner.load.links
-        if pull.nbytes >= TELLING_BYTES:
+        if pull.nbytes >= TELLING_BYTES and pull.seconds > 0:
             links.setdefault("remote", Rate(0.0)).observe(pull.nbytes, pull.seconds)
         elif pull.names and "remote" in links:
             links["remote"].hope()

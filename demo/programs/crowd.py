@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -35,7 +34,7 @@ NEXT = [
 def user(s, session: Session, first: str, waits: list[float], name: str):
     s += sgl.system("You are a helpful assistant. Answer briefly and to the point.")
     for index, wait in enumerate(waits):
-        time.sleep(wait)
+        session.think(wait)
         s += sgl.user(NEXT[index - 1] if index else first)
         s += sgl.assistant(sgl.gen(f"answer{index}", max_tokens=session.args.answer))
         session.wait(s)

@@ -69,6 +69,8 @@ class Endpoint(sgl.RuntimeEndpoint):
         self._take(s, {"max_new_tokens": 0})
 
     def _take(self, s: Any, sampling: dict[str, Any]) -> tuple[str, dict]:
+        if self.error is not None:
+            raise self.error
         name = self._names.get(s.sid) or str(s.arguments.get("name", "conversation"))
         self._asked[name] += 1
         number = self._asked[name]

@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -45,7 +47,10 @@ class Session:
         self.url = url
         self._out = out
         self._others = random.Random(5)
+        self._stopped = threading.Event()
         info = self._get("/server_info")
+        if not info.get("internal_states"):
+            raise ProgramError(f"--url {url}: answers, but not as SGLang does")
         if "krul" not in info["internal_states"][0]:
             raise ProgramError(f"{url} runs without Krul; start it with --enable-krul")
         self.pool = int(info["max_total_num_tokens"])
@@ -87,6 +92,16 @@ class Session:
         raise ProgramError(f"no chat template is known for {path}; give --chat-template NAME")
 
     # ---- the time between two turns ----------------------------------------------
+
+    def stop(self, *_: object) -> None:
+        """Ctrl-C: conversations in threads of their own end before their next turn."""
+        self.endpoint.error = self.endpoint.error or ProgramError("interrupted")
+        self._stopped.set()
+        raise KeyboardInterrupt
+
+    def think(self, seconds: float) -> None:
+        """The user thinks for so long."""
+        self._stopped.wait(seconds)
 
     def wait(self, state: Any) -> None:
         """Until a program's (or a branch's) answer is there. Raises what kept it from coming."""
@@ -242,12 +257,15 @@ def main(
                 raise ProgramError(f"--{name} {value}: at least 1")
         with _server(args, out) as url:
             session = Session(args, url, out)
+            before = signal.signal(signal.SIGINT, session.stop)
             try:
                 program(session)
                 if not args.no_compare:
                     session.run_again(program) if together else session.recompute()
             except Exception as error:
                 raise session.endpoint.error or error from None
+            finally:
+                signal.signal(signal.SIGINT, before)
             found = report(title, session)
         if args.json:
             print(json.dumps(found))

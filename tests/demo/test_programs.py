@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import runpy
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -174,17 +176,45 @@ class Poor(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.fixture
+def poor():
+    """``poor(krul)``: the address of a server of that class."""
+    servers = []
+
+    def start(krul: bool) -> str:
+        servers.append(HTTPServer(("127.0.0.1", 0), type("_", (Poor,), {"krul": krul})))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.process
+def test_ctrl_c_ends_a_crowd_that_thinks(poor) -> None:
+    url = poor(True)
+    crowd = [sys.executable, PROGRAMS / "crowd.py", "--url", url, "--think", "1000"]
+    child = subprocess.Popen(crowd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        until = time.monotonic() + 200
+        while Path(f"/proc/{child.pid}/task").is_dir() and time.monotonic() < until:
+            if len(list(Path(f"/proc/{child.pid}/task").iterdir())) > 32:  # all users are there
+                break
+            time.sleep(0.2)
+        child.send_signal(signal.SIGINT)
+        said, _ = child.communicate(timeout=60)
+        assert child.returncode == 130, said
+        assert "Traceback" not in said
+    finally:
+        child.kill()
+
+
 @pytest.mark.process
 @pytest.mark.parametrize(
     ("krul", "code", "said"), [(True, 1, "the server is gone"), (False, 2, "runs without Krul")]
 )
-def test_a_server_that_fails_is_one_line(run, krul: bool, code: int, said: str) -> None:
+def test_a_server_that_fails_is_one_line(run, poor, krul: bool, code: int, said: str) -> None:
     """It dies under a program's own thread, which must not be waited for."""
-    server = HTTPServer(("127.0.0.1", 0), type("_", (Poor,), {"krul": krul}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        done = run("support", "--url", f"http://127.0.0.1:{server.server_port}")
-        assert said in fails(done, code)
-    finally:
-        server.shutdown()
-        server.server_close()
+    assert said in fails(run("support", "--url", poor(krul)), code)

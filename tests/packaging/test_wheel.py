@@ -94,6 +94,10 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert "sglang==0.5.23; extra == 'sglang'" in metadata.replace('"', "'")
 
 
+def test_the_changelog_names_the_version() -> None:
+    assert f"\n## {krul_sglang.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_it_works_without_the_repository(installed: Path, tmp_path: Path) -> None:
     krul = installed / "bin" / "krul"
     assert run(krul, "--version", cwd=tmp_path).strip() == krul_sglang.__version__

@@ -131,7 +131,7 @@ def run(chosen: argparse.Namespace) -> None:
         )  # fmt: skip
         from web.client import Client
         from web.compare import Comparison
-        from web.layout import STYLE, build, theme
+        from web.layout import HEAD, STYLE, build, theme
         from web.observer import Observer
         from web.page import Page
 
@@ -146,6 +146,7 @@ def run(chosen: argparse.Namespace) -> None:
             server_port=chosen.port,
             theme=theme(),
             css_paths=STYLE,
+            head=HEAD,
             footer_links=[],
             ssr_mode=False,
             quiet=True,

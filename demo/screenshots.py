@@ -64,6 +64,7 @@ def take(url: str, out: Path, compared: bool) -> list[Path]:
             print(f"  {taken[-1]}")
 
         page.goto(url)
+        page.wait_for_selector("html.k-ready")
         page.wait_for_selector(".k-status:not(.k-down)")
         ask(page, "c1", 2)
         ask(page, "c0", 2)

@@ -72,6 +72,16 @@ ON_LOAD = """
   let chosen = null;
   try { chosen = localStorage.getItem('krul-theme'); } catch (error) {}
   if (chosen) document.body.classList.toggle('dark', chosen === 'dark');
+  let place = 0, still = 0;
+  const show = () => {
+    const chat = document.querySelector('#chat');
+    const at = chat && chat.offsetHeight > 400 ? chat.getBoundingClientRect().top : 0;
+    still = at && at === place ? still + 1 : 0;
+    place = at;
+    if (still > 2) document.documentElement.classList.add('k-ready');
+    else setTimeout(show, 80);
+  };
+  show();
 }
 """
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -111,6 +121,7 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill_hover="*primary_800",
         button_primary_background_fill_dark="*primary_700",
         button_primary_background_fill_hover_dark="*primary_600",
+        color_accent="*primary_700",
         button_large_text_weight="700",
         button_medium_text_weight="700",
         button_secondary_background_fill_dark="*neutral_800",
@@ -131,10 +142,20 @@ def theme() -> gr.themes.Base:
 
 
 STYLE = Path(__file__).with_name("style.css")
+HEAD = """
+<style>
+html:not(.k-ready) gradio-app { visibility: hidden; animation: k-show 0s 15s forwards; }
+html:not(.k-ready) body::before { content: "Loading"; position: fixed; inset: 45% 0 auto;
+  text-align: center; font: 16px system-ui, sans-serif; color: #61716b; }
+@keyframes k-show { to { visibility: visible; } }
+</style>
+"""
+"""Gradio applies style sheets only after it has drawn everything, and then all of it moves: the
+page is shown when :data:`ON_LOAD` finds it in place."""
 
 
 def build(page: Page, comparison: Comparison) -> gr.Blocks:
-    """The app; launch it with :func:`theme` and :data:`STYLE`."""
+    """The app; launch it with :func:`theme`, :data:`STYLE` and :data:`HEAD`."""
     first = page.draw(Session())  # what is there before the first event, so that nothing moves
     with gr.Blocks(title="Krul for SGLang", fill_width=True, analytics_enabled=False) as app:
         parts: dict[str, Any] = {}
@@ -150,7 +171,7 @@ def build(page: Page, comparison: Comparison) -> gr.Blocks:
         timer = gr.Timer(TICK)
         outputs = [parts[name] for name in PARTS]
         _bind_chat(app, page, controls, parts, outputs, timer)
-        _bind_compare(page, comparison, compare, timer)
+        _bind_compare(page, comparison, compare)
         app.unload(_unload(page))
     app.queue(default_concurrency_limit=32, max_size=256)
     return app
@@ -303,13 +324,15 @@ def _compare(comparison: Comparison) -> dict[str, Any]:
         )
         made["run"] = gr.Button("Compare", variant="primary", elem_id="run", scale=1)
         made["stop"] = gr.Button("Stop", elem_id="stop", scale=1)
-    made["table"] = gr.HTML(compare_panel([]), elem_id="compared", js_on_load=None)
+    made["table"] = gr.HTML(  # asked for on every load: somebody else's comparison may be under way
+        lambda: compare_panel(comparison.outcomes, comparison.problem),
+        elem_id="compared",
+        js_on_load=None,
+    )
     return made
 
 
-def _bind_compare(
-    page: Page, comparison: Comparison, made: dict[str, Any], timer: gr.Timer
-) -> None:
+def _bind_compare(page: Page, comparison: Comparison, made: dict[str, Any]) -> None:
     def drawn(problem: str = "") -> str:
         return compare_panel(comparison.outcomes, problem or comparison.problem)
 

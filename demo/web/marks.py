@@ -46,7 +46,7 @@ def figure(title: str, body: str, caption: str = "", name: str = "") -> str:
     """A panel: a heading, its picture, one line about what it shows."""
     tail = f'<p class="k-caption">{caption}</p>' if caption else ""
     return (
-        f'<section class="k-panel" data-panel="{escape(name)}"><h3>{escape(title)}</h3>'
+        f'<section class="k-panel" data-panel="{escape(name)}"><h2>{escape(title)}</h2>'
         f'<div class="k-body">{body}</div>{tail}</section>'
     )
 

@@ -73,7 +73,7 @@ def _times(turn: Turn) -> str:
         if turn.speedup
         else "What the same prompt takes computed anew is measured when something was restored"
     )
-    head = "<h4>Time to first token</h4>"
+    head = "<h3>Time to first token</h3>"
     return f'<div class="k-times">{head}{"".join(rows)}<p class="k-note">{gain}</p></div>'
 
 

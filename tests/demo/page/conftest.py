@@ -91,7 +91,7 @@ def open_page(chromium, demo: Demo) -> Iterator[Callable]:
         page.on("console", lambda line: said.append(f"{line.type}: {line.text}"))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.goto(demo.url)
-        page.wait_for_selector("#cards button")
+        page.wait_for_selector("html.k-ready")
         page.wait_for_selector(".k-status:not(.k-down)")
         return page
 

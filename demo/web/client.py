@@ -12,7 +12,7 @@ import httpx
 
 REPETITION = 1.15
 """Penalty on tokens that were said: a small model that answers greedily goes round in circles."""
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds between two bytes of an answer; a request may wait as long for others."""
 
 

@@ -263,9 +263,12 @@ def _bind_chat(
 
     def ask(question: str, measured: bool, request: gr.Request) -> Iterator[list[Any]]:
         name = _name(request)
+        if page.session(name).current.running or not question.strip():
+            yield [gr.skip(), *shown(name)]  # it stays in its box until the answer is complete
+            return
+        yield ["", *shown(name)]
         for _ in page.ask(page.session(name), question, measured):
-            yield ["", *shown(name)]
-        yield [gr.skip(), *shown(name)]
+            yield [gr.skip(), *shown(name)]  # the next message may be half written
 
     def suggested(measured: bool, request: gr.Request, event: gr.EventData) -> Iterator[list[Any]]:
         yield from ask(event.text, measured, request)

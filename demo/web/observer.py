@@ -73,15 +73,17 @@ class Observer:
         """Ask now, and return what is there; never raises."""
         with self._look_lock:
             before = self.sight
+            facts = before.facts
             try:
-                facts = before.facts if not before.down and before.facts else self.client.facts()
+                if before.down or facts is None:  # it may be another server now
+                    facts = self.client.facts()
                 krul, lines = self.client.krul(), self.client.conversations()
                 self.sight = Sight(facts, krul, lines, "", False, before.version + 1)
                 self.history.append(_sample(krul))
             except ServerError as error:
                 down = isinstance(error, ServerDownError)
                 self.sight = Sight(
-                    before.facts, before.krul, before.lines, str(error), down, before.version
+                    facts, before.krul, before.lines, str(error), down, before.version
                 )
             return self.sight
 

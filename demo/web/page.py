@@ -30,7 +30,7 @@ IDLE = 10.0
 """Seconds after which the automatic mode lets a conversation be evicted."""
 SLOW = 6.0
 """Seconds without a first token after which the page says that it still waits."""
-REDRAW = 0.12
+REDRAW = 0.2
 """Seconds between two pictures of an answer that is coming in."""
 
 
@@ -122,11 +122,11 @@ class Page:
                     f"Other visitors take the pool from {names}: {progress.tokens:,} tokens so far",
                     progress.share,
                 )
-            self.activity = Activity()
         except ServerError as error:
-            self.activity = Activity()
             for one in idle:
                 one.notice = str(error)
+        finally:
+            self.activity = Activity()
 
     def tick(self, session: Session, automatic: bool) -> None:
         """A second has passed in front of a visitor."""

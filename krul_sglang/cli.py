@@ -18,7 +18,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+NAMES_MODEL = {"--model-path", "--model", "--config", "--help", "-h"}
+"""Flags of SGLang's server one of which `krul serve` needs."""
+LOOK = "A running server"
+KEEP = "A directory of the disk tier (--krul-dir)"
+OWN = "This installation"
 
 
 def _print_version(value: bool) -> None:
@@ -41,7 +48,7 @@ def root(
     add_help_option=False,
 )
 def serve(context: typer.Context) -> None:
-    """Start SGLang's server with Krul: `krul serve --model-path DIR [any SGLang flag]`.
+    """Start SGLang's server with Krul: `krul serve --model-path DIR`, and any flag of SGLang's.
 
     The same as `python -m sglang.launch_server --enable-krul ...`, with the
     environment a CPU-only host needs. `krul serve --help` shows SGLang's flags and
@@ -50,6 +57,9 @@ def serve(context: typer.Context) -> None:
     from krul_sglang.live_server import has_gpu, server_environment
 
     flags = [*context.args]
+    if not {flag.partition("=")[0] for flag in flags} & NAMES_MODEL:
+        print("krul serve: error: which model? give --model-path DIR", file=sys.stderr)
+        raise typer.Exit(2)
     if "--enable-krul" not in flags:
         flags.append("--enable-krul")
     if not has_gpu() and "--device" not in flags:
@@ -58,7 +68,7 @@ def serve(context: typer.Context) -> None:
     os.execve(sys.executable, command, server_environment())
 
 
-@app.command()
+@app.command(rich_help_panel=OWN)
 def doctor(
     model: Annotated[
         Path | None, typer.Option(help="Also check whether this model can be served.")
@@ -91,11 +101,7 @@ def calibrate(
     """
     from krul_sglang.profile.command import run
 
-    try:
-        run(model, text or [], conversations, out, tp_size)
-    except (OSError, ValueError) as error:
-        print(f"krul calibrate: error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    _run("calibrate", lambda: run(model, text or [], conversations, out, tp_size))
 
 
 @app.command()
@@ -125,8 +131,9 @@ def quality(
     """
     from krul_sglang.quality.command import run
 
-    try:
-        run(
+    _run(
+        "quality",
+        lambda: run(
             model,
             conversations,
             policies.split(","),
@@ -135,13 +142,11 @@ def quality(
             budget=budget,
             profile=profile,
             out=json,
-        )
-    except (OSError, ValueError) as error:
-        print(f"krul quality: error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        ),
+    )
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def inspect(
     conversation: Annotated[
         str | None, typer.Argument(help="Its id, or how the id begins; without it, a list.")
@@ -172,11 +177,12 @@ def inspect(
 
     if dir is not None:
         _inspect_directory(dir, conversation, limit, json, of_server=detail or png is not None)
-    try:
-        run(url, conversation, detail=detail, json=json, png=png, limit=limit, api_key=api_key)
-    except (OSError, ValueError) as error:
-        print(f"krul inspect: error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    _run(
+        "inspect",
+        lambda: run(
+            url, conversation, detail=detail, json=json, png=png, limit=limit, api_key=api_key
+        ),
+    )
 
 
 def _inspect_directory(
@@ -190,10 +196,10 @@ def _inspect_directory(
             file=sys.stderr,
         )
         raise typer.Exit(2)
-    _upkeep("inspect", lambda: run(directory, conversation, limit, json))
+    _run("inspect", lambda: run(directory, conversation, limit, json))
 
 
-@app.command()
+@app.command(rich_help_panel=KEEP)
 def verify(
     directory: Annotated[Path, typer.Argument(help="The server's --krul-dir.")],
     json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
@@ -207,10 +213,10 @@ def verify(
     """
     from krul_sglang.upkeep.verify import run
 
-    _upkeep("verify", lambda: run(directory, json))
+    _run("verify", lambda: run(directory, json))
 
 
-@app.command()
+@app.command(rich_help_panel=KEEP)
 def gc(
     directory: Annotated[Path, typer.Argument(help="The server's --krul-dir.")],
     limit: Annotated[
@@ -230,10 +236,10 @@ def gc(
     """
     from krul_sglang.upkeep.gc import run
 
-    _upkeep("gc", lambda: run(directory, limit, unused_for, json))
+    _run("gc", lambda: run(directory, limit, unused_for, json))
 
 
-@app.command()
+@app.command(rich_help_panel=KEEP)
 def forget(
     directory: Annotated[Path, typer.Argument(help="The server's --krul-dir.")],
     cache_salt: Annotated[
@@ -252,18 +258,22 @@ def forget(
     """
     from krul_sglang.upkeep.forget import run
 
-    _upkeep("forget", lambda: run(directory, cache_salt, extra_key, json))
+    _run("forget", lambda: run(directory, cache_salt, extra_key, json))
 
 
-def _upkeep(command: str, action: Callable[[], int]) -> NoReturn:
+def _run(command: str, action: Callable[[], int | None]) -> NoReturn:
+    """Do it, and end with the exit code it returns; what is wrong is one line and exit code 2."""
     try:
-        raise typer.Exit(action())
+        raise typer.Exit(action() or 0)
     except (OSError, ValueError) as error:
-        print(f"krul {command}: error: {error}", file=sys.stderr)
+        line = str(error)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            line = f"{error.filename}: {error.strerror.lower()}"
+        print(f"krul {command}: error: {line}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def trace(
     url: Annotated[str, typer.Option(help="The server's address.")] = "http://127.0.0.1:30000",
     limit: Annotated[int, typer.Option(min=1, max=64, help="Restores to show, the newest.")] = 1,
@@ -275,17 +285,17 @@ def trace(
         str | None, typer.Option(help="Where the server has an --admin-api-key or --api-key.")
     ] = None,
 ) -> None:
-    """Show what the last restores did and when: loading, computing, and the bubbles in both."""
+    """Show what the last restores did and when: loading, computing, and the bubbles in both.
+
+    `load` and `compute` are the seconds each stream worked, `idle` the share of the restore in
+    which it stood still. Much idle compute: the link or the decoders are slow. `--png` draws both.
+    """
     from krul_sglang.inspection.trace import run
 
-    try:
-        run(url, limit=limit, json=json, png=png, api_key=api_key)
-    except (OSError, ValueError) as error:
-        print(f"krul trace: error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    _run("trace", lambda: run(url, limit=limit, json=json, png=png, api_key=api_key))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def top(
     url: Annotated[str, typer.Option(help="The server's address.")] = "http://127.0.0.1:30000",
     once: Annotated[
@@ -302,14 +312,10 @@ def top(
     """Watch a running server: tiers against their budgets, restores, evictions; Ctrl-C ends it."""
     from krul_sglang.inspection.top import run
 
-    try:
-        run(url, once=once, interval=interval, api_key=api_key)
-    except (OSError, ValueError) as error:
-        print(f"krul top: error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    _run("top", lambda: run(url, once=once, interval=interval, api_key=api_key))
 
 
-@app.command("cpu-host")
+@app.command("cpu-host", rich_help_panel=OWN)
 def cpu_host() -> None:
     """Activate SGLang's CPU stand-ins in this environment (hosts without a GPU)."""
     from krul_sglang.cpu_host.install import install
@@ -317,7 +323,7 @@ def cpu_host() -> None:
     print(f"installed {install()}")
 
 
-@app.command()
+@app.command(rich_help_panel=OWN)
 def docs(
     folder: Annotated[Path, typer.Option(help="The docs folder to write to.")] = Path("docs"),
 ) -> None:
@@ -330,6 +336,9 @@ def docs(
         "compatibility.md": refusals_table(),
         "metrics.md": metrics.table(),
     }
+    if not (folder / "flags.md").is_file():
+        print(f"krul docs: error: --folder={folder}: no docs of Krul's there", file=sys.stderr)
+        raise typer.Exit(2)
     for name, table in pages.items():
         rewrite_generated(folder / name, table)
 
@@ -346,14 +355,24 @@ def rewrite_generated(path: Path, text: str) -> None:
 
 
 def main() -> None:
-    """Entry point; a configuration error is one line and exit code 2."""
+    """Entry point; whatever is wrong with what was asked is one line and exit code 2."""
     try:
-        app()
+        raise SystemExit(app(prog_name="krul", standalone_mode=False))
     except KrulConfigError as error:
         print(f"krul: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         raise SystemExit(130) from None
+    except Exception as error:
+        # Typer's usage errors; it has no name of its own for them.
+        message, context = getattr(error, "format_message", None), getattr(error, "ctx", None)
+        if message is None:
+            raise
+        if not message():  # nothing was asked, and help was shown
+            raise SystemExit(2) from None
+        name = context.command_path if context else "krul"
+        print(f"{name}: error: {message().rstrip('.')} (see `{name} --help`)", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -63,6 +63,9 @@ def checks(model: Path | None) -> Iterator[Check]:
         yield Check("settings", False, str(error), "correct or unset that variable")
         return
     yield _memory(config)
+    if model is not None and not model.is_dir() and model.is_absolute():
+        yield Check("model folder", False, f"{model}: no such folder", "give --model the model's")
+        return
     if model is not None and config.needs_profile:
         yield _profile(model, config)
     if sglang.ok:

@@ -30,10 +30,13 @@ def fingerprint(model_dir: str | Path, tp_rank: int = 0, tp_size: int = 1) -> di
     where ``model_dir`` holds no config or no weights.
     """
     root = Path(model_dir)
+    if not root.is_dir():
+        raise ProfileError(f"{root}: no such folder; give the model's")
     try:
         config = json.loads((root / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise ProfileError(f"{root}: no readable config.json ({error})") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ProfileError(f"{root}: no readable config.json ({reason})") from error
     # In this order: a profile may lie beside the weights and is none of them.
     found = (sorted(root.glob(p)) for p in ("model*.safetensors", "*.safetensors", "*.bin"))
     files = next(filter(None, found), None)

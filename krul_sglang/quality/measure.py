@@ -105,7 +105,10 @@ def read_conversations(path: str | Path) -> list[Conversation]:
             messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
             out.append(Conversation(str(row["id"]), messages))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a conversation ({error!r})") from None
+            raise ValueError(
+                f"{path}, line {number}: not a conversation; a line is "
+                '{"id": ..., "messages": [{"role": ..., "content": ...}]}'
+            ) from error
     return out
 
 

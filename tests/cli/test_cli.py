@@ -40,6 +40,38 @@ def test_help_names_every_command():
         assert command in text
 
 
+WRONG = {
+    "inspekt": "krul: error: No such command 'inspekt'. Did you mean 'inspect'? "
+    "(see `krul --help`)",
+    "inspect --frob": "krul inspect: error: No such option: --frob (see `krul inspect --help`)",
+    "trace --limit 0": "krul trace: error: Invalid value for '--limit': Input should be greater "
+    "than or equal to 1 (see `krul trace --help`)",
+    "quality --model x": "krul quality: error: Missing option '--conversations' (see `krul quality "
+    "--help`)",
+    "quality --model x --conversations nowhere": "krul quality: error: nowhere: no such file or "
+    "directory",
+    "docs --folder nowhere": "krul docs: error: --folder=nowhere: no docs of Krul's there",
+    "serve": "krul serve: error: which model? give --model-path DIR",
+    "inspect --url ftp://x": "krul inspect: error: --url ftp://x: not an address such as "
+    "http://127.0.0.1:30000",
+}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("line", WRONG)
+def test_what_is_wrong_is_one_line_and_exit_code_2(line: str):
+    done = krul(*line.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == WRONG[line] + "\n"
+
+
+def test_nothing_asked_is_help():
+    done = krul()
+    assert done.returncode == 2
+    assert "A running server" in done.stdout + done.stderr
+    assert krul("trace", "-h").returncode == 0
+
+
 def test_package_imports_neither_torch_nor_sglang():
     code = (
         "import sys, krul_sglang, krul_sglang.config, krul_sglang.plugin, krul_sglang.cli; "
@@ -103,7 +135,7 @@ def test_version_is_in_one_place():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("--model", "/nowhere"), "/nowhere: no readable config.json"),
+        (("--model", "/nowhere"), "/nowhere: no such folder"),
         (("--model", "{model}", "--text", "/nowhere.txt"), "/nowhere.txt"),
         (("--model", "{model}", "--text", "{model}/model.safetensors"), "not a text file"),
         (("--model", "{model}", "--out", "/proc/nowhere/profile"), "/proc/nowhere"),

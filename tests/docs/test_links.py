@@ -1,0 +1,47 @@
+"""Links between pages, to files and to headings lead somewhere; pictures are pictures."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from pages import PAGES, ROOT, anchors, links, name_of
+
+
+def test_links_resolve(record_property: pytest.RecordProperty) -> None:
+    wrong, seen = [], 0
+    for page in PAGES:
+        for number, target in links(page.read_text()):
+            if re.match(r"[a-z]+:", target):
+                continue
+            seen += 1
+            path, _, heading = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            where = f"{name_of(page)}:{number}: {target}"
+            if not file.exists() or not file.is_relative_to(ROOT):
+                wrong.append(f"{where}: there is no such file")
+            elif heading and heading not in anchors(file.read_text()):
+                wrong.append(f"{where}: {name_of(file)} has no such heading")
+            elif file.suffix == ".png" and not file.read_bytes().startswith(b"\x89PNG\r\n"):
+                wrong.append(f"{where}: no PNG")
+    assert not wrong, "\n".join(wrong)
+    assert seen > 80
+    record_property("counts", f"{seen} links")
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = ROOT / "docs" / "README.md"
+    linked = {(index.parent / target).resolve() for _, target in links(index.read_text())}
+    pages = {page for page in PAGES if page.parent == index.parent} - {index}
+    assert pages <= linked, {name_of(page) for page in pages - linked}
+
+
+def test_every_picture_is_on_a_page() -> None:
+    shown = {
+        (page.parent / target).resolve()
+        for page in PAGES
+        for _, target in links(page.read_text())
+        if not re.match(r"[a-z]+:|#", target)
+    }
+    pictures = {*(ROOT / "docs").glob("*.png"), *(ROOT / "docs").glob("*.svg")}
+    assert pictures <= shown, {name_of(picture) for picture in pictures - shown}

@@ -117,6 +117,8 @@ class Reader:
             return
         self._stats.add(found=1)
         pull.found(names)
+        if not pull.names:
+            self._stats.add(no_room=1)
         if pull.stage is Stage.FOUND and not pull.is_worth_it:
             self._stats.add(declined=1)
             pull.end()

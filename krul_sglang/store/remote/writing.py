@@ -17,7 +17,7 @@ from krul_sglang.store.remote.client import ANSWER_SECONDS, Client, RemoteError
 from krul_sglang.store.remote.keys import LISTED, Keys
 from krul_sglang.store.remote.reading import NAME_BYTES, Reader
 from krul_sglang.store.remote.stats import RemoteStats
-from krul_sglang.store.segment import Origin, Segment
+from krul_sglang.store.segment import Origin, Segment, SegmentState
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +74,10 @@ class Writer:
         with self._idle:
             if self._closed.is_set():
                 return
-            limit = self._ledger.limit
-            too_much = self.unsent and self._queued_bytes + nbytes > limit // QUEUE_SHARE
-            if too_much or self._ledger.used + nbytes > limit or nbytes > MAX_VALUE:
+            # While the tier holds the payload too it is counted twice, but takes no more memory:
+            # the limit is not asked, and what is gathered next finds less room.
+            room = self._ledger.limit // QUEUE_SHARE
+            if (self.unsent and self._queued_bytes + nbytes > room) or nbytes > MAX_VALUE:
                 self._stats.add(unsent=1)
                 return
             self.unsent += 1
@@ -115,8 +116,9 @@ class Writer:
 
     def _send(self, job: _Job) -> None:
         for _ in range(TRIES):
-            # Nobody names it any more: not worth the sending.
-            if not self._wait_until_well() or not job.segment.live_tokens:
+            # What memory let go of meanwhile is worth sending all the more; what turned out to be
+            # damaged is not.
+            if not self._wait_until_well() or job.segment.state is SegmentState.LOST:
                 break
             try:
                 if self._publish(job):

@@ -34,8 +34,8 @@ def offer(
     namespace: Namespace = NOBODY,
     exact: int = 0,
     payload: bytes | None = None,
-) -> bytes:
-    """Offer tokens ``start .. len(ids)`` of a conversation; returns the payload."""
+) -> Segment:
+    """Offer tokens ``start .. len(ids)`` of a conversation."""
     stop = len(ids)
     payload = payload_of(start, stop) if payload is None else payload
     segment = Segment(
@@ -48,9 +48,10 @@ def offer(
         live_tokens=stop - start,
         state=SegmentState.SEALED,
         codec="lossless",
+        payload=payload,
     )
     tier.offer(segment, payload, Origin(namespace, ids, exact))
-    return payload
+    return segment
 
 
 def send(tier: RemoteTier, ids: np.ndarray, stops: list[int], **kwargs) -> list[bytes]:
@@ -59,7 +60,7 @@ def send(tier: RemoteTier, ids: np.ndarray, stops: list[int], **kwargs) -> list[
         offer(tier, ids[:stop], start, **kwargs) for start, stop in itertools.pairwise([0, *stops])
     ]
     assert tier.wait_sent(20)
-    return sent
+    return [bytes(segment.payload or b"") for segment in sent]
 
 
 def pull(

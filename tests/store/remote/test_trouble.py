@@ -18,6 +18,7 @@ from krul_sglang.store.remote import backoff, writing
 from krul_sglang.store.remote import pull as pulls
 from krul_sglang.store.remote.client import ANSWER_SECONDS
 from krul_sglang.store.remote.pull import Pull, Stage
+from krul_sglang.store.segment import SegmentState
 
 TALK = ids_of(1, 700)
 STOPS = [200, 450, 700]
@@ -173,7 +174,7 @@ def test_a_server_that_dies_while_it_sends(make_tier, proxy, server) -> None:
     """What arrived before is used."""
     tier = make_tier(proxy.url)
     sent = [
-        offer(tier, TALK[:stop], start, payload=bytes([n]) * (3 << 20))
+        offer(tier, TALK[:stop], start, payload=bytes([n]) * (3 << 20)).payload
         for n, (start, stop) in enumerate(zip([0, *STOPS], STOPS, strict=False))
     ]
     assert tier.wait_sent(20)
@@ -283,36 +284,17 @@ def test_what_waits_is_sent_before_the_end(make_tier) -> None:
     assert (tier.stats.sent, tier.stats.unsent) == (20, 0)
 
 
-def test_memory_that_is_full_is_not_overdrawn(make_tier) -> None:
-    tier = make_tier(limit=10_000)
-    tier._writer._ledger.add("tier", 9_000)
-    offer(tier, ids_of(1, 100), 0, payload=bytes(1_000))
-    assert tier.stats.unsent == 1
-    assert tier._writer._ledger.used == 9_000
-
-
-def test_what_nobody_names_any_more_is_not_sent(make_tier, proxy, monkeypatch) -> None:
+def test_what_memory_let_go_of_is_sent_and_what_is_damaged_is_not(make_tier, proxy) -> None:
     tier = make_tier(proxy.url)
     proxy.spoil = silent
-    segment = offer_and_release(tier)
-    assert segment.live_tokens == 0
+    segments = [offer(tier, ids_of(n, 100), 0) for n in range(3)]
+    segments[1].live_tokens, segments[1].payload = 0, None
+    segments[2].state = SegmentState.LOST
     proxy.spoil = None
     assert tier.wait_sent(20)
-    assert tier.stats.sent == 0
-
-
-def offer_and_release(tier):
-    found = []
-    original = tier.offer
-
-    def remember(segment, payload, origin) -> None:
-        found.append(segment)
-        segment.live_tokens = 0
-        original(segment, payload, origin)
-
-    tier.offer = remember
-    offer(tier, TALK[:200], 0)
-    return found[0]
+    assert (tier.stats.sent, tier.stats.unsent) == (2, 1)
+    assert came(pull(tier, ids_of(1, 100)))
+    assert not came(pull(tier, ids_of(2, 100)))
 
 
 def test_what_takes_longer_than_computing_is_not_fetched(make_tier) -> None:

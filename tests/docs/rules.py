@@ -119,8 +119,12 @@ def krul(command: Command) -> Found:
         raise WrongError(f"krul has no command {name!r}")
     if "--help" in rest:
         return
-    if command.inline and not rest:
-        return  # its name
+    if command.inline:  # in the text it may be told without what it needs
+        known = {option for own in group.commands[name].params for option in own.opts}
+        for flag in flags_of(tuple(rest)) if name != "serve" else ():
+            if flag not in known:
+                raise WrongError(f"krul {name} has no {flag}")
+        return
     try:
         context = group.commands[name].make_context(name, list(rest))
     except usage as error:

@@ -11,7 +11,7 @@ from rules import WrongError, commands, judged
 from krul_sglang.config import settings
 
 
-def test_commands_are_right(record_property: pytest.RecordProperty) -> None:
+def test_commands_are_right(record_property) -> None:
     """All at once, so that one run shows everything that is wrong."""
     found, wrong = commands(), []
     for command in found:
@@ -21,7 +21,7 @@ def test_commands_are_right(record_property: pytest.RecordProperty) -> None:
             wrong.append(f"{command}\n    {error}")
     assert not wrong, "\n".join(wrong)
     assert len(found) > 60
-    record_property("counts", f"{len(found)} commands on {len(PAGES)} pages")
+    record_property("counts", {"pages": len(PAGES), "commands": len(found)})
 
 
 def test_settings_exist() -> None:

@@ -65,8 +65,9 @@ lint: setup ## ruff and mypy
 format: setup ## format and fix
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-docs: setup ## regenerate the generated parts of docs/
+docs: setup ## regenerate the generated parts of README.md and docs/
 	@$(BIN)/krul docs
+	@$(BIN)/python benchmarks/headline.py --png docs/headline.png
 
 clean: ## remove build products (keeps .venv and models)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

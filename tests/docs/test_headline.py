@@ -10,7 +10,7 @@ from pathlib import Path
 from pages import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "headline.py"
-RESTORE, QUALITY = ROOT / "docs" / "restore.json", ROOT / "docs" / "quality.json"
+RESTORE = ROOT / "docs" / "restore.json"
 
 
 def written(folder: Path, *options: str) -> str:

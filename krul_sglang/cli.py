@@ -241,7 +241,9 @@ def gc(
 
 @app.command(rich_help_panel=KEEP)
 def forget(
-    directory: Annotated[Path, typer.Argument(help="The server's --krul-dir.")],
+    where: Annotated[
+        str, typer.Argument(help="The server's --krul-dir, or the URL of its --krul-remote.")
+    ],
     cache_salt: Annotated[
         str | None, typer.Option(help="The tenant's `cache_salt`, as its requests carry it.")
     ] = None,
@@ -250,7 +252,8 @@ def forget(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:
-    """Erase one tenant from a disk tier's directory: all that was stored under its salt or key.
+    """Erase one tenant from a disk tier's directory or a remote tier: all that was stored under
+    its salt or key.
 
     Both together name what was stored under both. Entries and quarantined files whose header
     cannot be read go too. A running server keeps what it holds in memory: stop it or flush it
@@ -258,7 +261,7 @@ def forget(
     """
     from krul_sglang.upkeep.forget import run
 
-    _run("forget", lambda: run(directory, cache_salt, extra_key, json))
+    _run("forget", lambda: run(where, cache_salt, extra_key, json))
 
 
 def _run(command: str, action: Callable[[], int | None]) -> NoReturn:

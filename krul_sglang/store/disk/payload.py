@@ -87,6 +87,10 @@ class DiskPayload:
         if name_of(self.entry, self._offset) != self.name:
             raise CodecError("the header's tokens are not those its name stands for")
 
+    def touch(self, ns: int) -> None:
+        """Say that the file was used at ``ns``. Raises OSError."""
+        self._calls.set_time(self._fd, ns)
+
     def fetch(self, upto: int) -> None:
         """Read on until the payload's first ``upto`` bytes are in :attr:`view`.
 

@@ -200,7 +200,7 @@ class DiskTier:
             self._miss(name, error)
             return None
         self._count("opened")
-        self._catalog.use(name)
+        self._catalog.use(name, payload.touch)
         return payload, matched
 
     def reopen(self, name: EntryName) -> DiskPayload | None:
@@ -217,7 +217,7 @@ class DiskTier:
             self._miss(name, error)
             return None
         self._count("opened")
-        self._catalog.use(name)
+        self._catalog.use(name, payload.touch)
         return payload
 
     def _payload(self, name: EntryName) -> DiskPayload:

@@ -39,6 +39,7 @@ def test_cut_files(open_tier, root, counts, known) -> None:
             assert name not in tier.names()
             path.write_bytes(whole[:length])
             tier.refresh()
+            assert name not in tier.names(), "its size alone tells"
         assert look(tier, PIECE) is None
         assert tier.totals()["damaged"] == done + 1
         assert not path.exists()

@@ -57,8 +57,9 @@ class Client:
                 for command in commands:
                     pipeline.execute_command(*command)
                 return pipeline.execute(raise_on_error=False)
-        except (redis.RedisError, OSError, ValueError) as error:
-            # hiredis raises ValueError's like for what is no reply at all.
+        except Exception as error:
+            # What the client makes of a reply of another shape than its command's may be a
+            # TypeError as well: whatever it is, the server did not answer.
             raise RemoteError(str(error) or type(error).__name__) from error
 
     def close(self) -> None:

@@ -44,3 +44,16 @@ def test_every_picture_is_on_a_page() -> None:
     }
     pictures = {*(ROOT / "docs").glob("*.png"), *(ROOT / "docs").glob("*.svg")}
     assert pictures <= shown, {name_of(picture) for picture in pictures - shown}
+
+
+def test_the_map_of_the_code_is_whole() -> None:
+    """Every folder of the package has a row, and what it says to read first is there."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| `([\w/]+/)` \|[^|]*\| (.*) \|$", page, re.MULTILINE)
+    mapped = {folder for folder, _ in rows}
+    for folder, first in rows:
+        for name in re.findall(r"`([\w/]+\.py)`", first):
+            assert (ROOT / folder / name).is_file(), f"{folder}{name}"
+    modules = [*(ROOT / "krul_sglang").rglob("*.py"), *(ROOT / "kernels/krul_kernels").glob("*.py")]
+    folders = {f"{module.parent.relative_to(ROOT)}/" for module in modules}
+    assert folders <= mapped, folders - mapped

@@ -20,6 +20,8 @@ from typing import Any
 from krul_sglang.store.remote.address import parse_address, without_password
 
 POLICIES = ("predictive", "paper", "fixed", "lossless")
+ALWAYS, SECOND_VISIT = "always", "second-visit"
+ADMISSIONS = (ALWAYS, SECOND_VISIT)
 
 DISK_BYTES = 10 * 10**9
 """Budget of the disk tier where none is given."""
@@ -90,6 +92,13 @@ def parse_policy(text: str) -> str:
     near = difflib.get_close_matches(str(text), POLICIES, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(f"one of {', '.join(POLICIES)}{hint}")
+
+
+def parse_admission(text: str) -> str:
+    """What the disk takes. Raises ValueError."""
+    if text in ADMISSIONS:
+        return text
+    raise ValueError(f"one of {', '.join(ADMISSIONS)}")
 
 
 def parse_budget(text: str) -> float:
@@ -204,6 +213,14 @@ class KrulConfig:
         "is stored is sent there in the background, and what it has of a conversation is fetched "
         "while the request waits in the queue. `?ttl=7d` (the default) says how long it keeps "
         "what nobody uses. Needs `pip install krul-sglang[remote]`.",
+    )
+    admit: str = _setting(
+        ALWAYS,
+        parse_admission,
+        "{" + ",".join(ADMISSIONS) + "}",
+        "What is written to that directory: `always` everything, so that a restart finds it; "
+        "`second-visit` a conversation once it has come back, which spares the drive those that "
+        "never do.",
     )
     recompute: str = _setting(
         "auto",

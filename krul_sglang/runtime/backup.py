@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from krul_sglang.runtime import marks
+from krul_sglang.runtime import admission, marks
 from krul_sglang.runtime.adoption import namespace
 from krul_sglang.runtime.selection import strategy_of
 from krul_sglang.store.segment import RECORD_BYTES, SLOT_BYTES, Origin
@@ -63,8 +63,8 @@ def store_node(cache: KrulRadixCache, node: Any, rows: torch.Tensor) -> torch.Te
 
 def _origin(cache: KrulRadixCache, node: Any) -> tuple[Namespace | None, np.ndarray]:
     """Whose tokens a node's are, and all of them from the conversation's first on; nobody's
-    where no tier below asks."""
-    if not cache.krul.store.names_origins:
+    where no tier below is to have them."""
+    if not admission.is_admitted(cache, node):
         return None, np.empty(0, np.int64)
     keys = [above.key for above in reversed(list(cache.path(node.id)))]
     ids = [np.asarray(key.token_ids[: len(key)], np.int64) for key in keys]

@@ -33,7 +33,15 @@ from krul_sglang.config import KrulConfig
 from krul_sglang.profile.base import Profile
 from krul_sglang.restore.load import Loader, Opened
 from krul_sglang.restore.planner import Planner
-from krul_sglang.runtime import adoption, backup, marks, selection, truncation
+from krul_sglang.runtime import (
+    admission,
+    adoption,
+    backup,
+    leading,
+    marks,
+    selection,
+    truncation,
+)
 from krul_sglang.runtime.access import AccessClock
 from krul_sglang.runtime.exact import LOSSY_TOKENS, MISSED, RECOMPUTED, demands_exact
 from krul_sglang.runtime.journal import Journal
@@ -177,6 +185,7 @@ class KrulRadixCache(UnifiedRadixCache):
             result = super().match_prefix(params)
         matched = result.device_prefix_len + result.host_hit_length
         self.pulls.note(params.key, result.best_match_node, matched)
+        admission.note(self, params.req, result)
         usable = self._usable_length(params.req, result)
         if usable < matched:
             result = super().match_prefix(replace(params, key=params.key[:usable]))
@@ -234,6 +243,7 @@ class KrulRadixCache(UnifiedRadixCache):
         self._checkpoint(req, up_to, **kwargs)
         if req.finished():
             truncation.cut(self, req)
+            admission.admit(self, req)
 
     def _checkpoint(self, req: Any, up_to: int, **kwargs: Any) -> None:
         if self.krul.selector is None:
@@ -326,8 +336,8 @@ class KrulRadixCache(UnifiedRadixCache):
             if rows.numel() == 0:  # its stored original still exists: never encoded again
                 continue
             node = self.tree_core.node_by_id(node_id)
-            if self.krul.store.names_origins:
-                self._store_above(node)
+            if admission.is_admitted(self, node):
+                leading.store_above(self, node)
             ids = backup.store_node(self, node, rows)
             if ids is None:
                 self.krul.counters.dropped_tokens += rows.numel()
@@ -339,19 +349,6 @@ class KrulRadixCache(UnifiedRadixCache):
             self.journal.stored(ids)
             written = rows.numel()
         return written
-
-    def _store_above(self, node: Any) -> None:
-        """Store what leads to a node and is on the device only, root side first: a restart loses
-        the device, and what the disk has is found from the root on."""
-        for above in reversed(list(self.path(node.parent.id))):
-            if not above.backuped:
-                rows, _ = self.tree_core.build_backup_spec(above.id)
-                ids = backup.store_node(self, above, rows)
-                if ids is None:
-                    return
-                self.tree_core.commit_backup(above.id, ids, {})
-                self.tree_core._update_duplicate_tracking(above)
-                self.tree_core.kv_events.record_store(above, medium=StorageMedium.CPU)
 
     def _drop_subtree_no_host(self, node_id: int, tracker: dict) -> bool:
         """Stock drop of a node that found no room; what was stored below it goes too."""

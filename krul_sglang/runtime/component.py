@@ -8,7 +8,7 @@ import torch
 from sglang.srt.mem_cache.unified_cache.cache_action import FreeDeviceKV
 from sglang.srt.mem_cache.unified_cache.components.full import FullComponent
 
-from krul_sglang.runtime import marks
+from krul_sglang.runtime import admission, marks
 from krul_sglang.runtime.marks import full_data
 
 
@@ -25,6 +25,7 @@ class KrulFullComponent(FullComponent):
         """Slot ids say themselves what each half stores; the marks are divided."""
         super().redistribute_on_node_split(new_parent, child)
         marks.split(new_parent, child)
+        admission.split(new_parent, child)
 
     def update_component_on_insert_overlap(
         self,

@@ -201,6 +201,10 @@ class Restores:
             pending.patience,
         )
 
+    def is_loading(self, node: Any) -> bool:
+        """Whether a node's rows are not yet known to be right."""
+        return any(own is node for one in self.pending for own in one.nodes)
+
     def guard(self) -> None:
         """Before rows may be freed: wait for loads whose request was not admitted after all."""
         for pending in self.pending:

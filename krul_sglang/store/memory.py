@@ -210,7 +210,10 @@ class MemoryStore:
             segment.state = SegmentState.SEALED
             self._held.count(segment, 1)
             self._stop_waiting(segment)
-        # Each may be renounced meanwhile.
+        self._hand_on(segment, payload)
+
+    def _hand_on(self, segment: Segment, payload: Payload) -> None:
+        """To the tiers below, each of which may be renounced meanwhile."""
         disk, remote, origin = self.disk, self.remote, segment.origin
         if origin is None:
             return
@@ -259,6 +262,20 @@ class MemoryStore:
             self._drained.wait_for(lambda: not self._held_back or self._awaited or self._closed)
 
     # ---- the disk behind -------------------------------------------------------
+
+    def admit(self, segment_id: int, origin: Origin) -> None:
+        """Let the tiers below have a segment that was kept off them until now."""
+        with self._lock:
+            segment = self._segments.get(segment_id)
+            if segment is None or segment.state is SegmentState.LOST or not self.names_origins:
+                return
+            if segment.origin is not None or segment.file is not None:
+                return
+            segment.origin = origin
+            self.ledger.add("index", segment.origin_bytes)
+            payload = segment.payload
+        if payload is not None:  # else it is handed on when it is sealed
+            self._hand_on(segment, payload)
 
     def written(self, segment: Segment, file: EntryName | None) -> None:
         """The disk has the segment under that name, or will not have it (None)."""

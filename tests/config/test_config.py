@@ -77,6 +77,7 @@ REFUSED = {
     "host_memory": ("-4GB", "a size such as 4GB, 512MiB or a number of bytes"),
     "dir": (" ", "a path"),
     "disk": ("none", "a size such as 4GB, 512MiB or a number of bytes"),
+    "admit": ("never", "one of always, second-visit"),
     "remote": (
         "http://h",
         "redis://[USER:PASSWORD@]HOST[:PORT][/DATABASE], rediss:// for TLS or unix:///SOCKET "

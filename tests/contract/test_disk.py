@@ -100,6 +100,38 @@ def test_what_leads_to_a_stored_node_is_stored_too(make_rig, root) -> None:
     assert comes_back(rig, [*shared, *range(100, 130)]) == 70
 
 
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("first", range(3))
+def test_whoever_shares_a_beginning_is_found_alone(make_rig, root, page_size, first) -> None:
+    """The shared part was stored within the first conversation's segment; after a restart any of
+    them may return first."""
+    shared = list(range(3000, 3032))
+    talks = [[*shared, *range(n, n + 48)] for n in (100, 200, 300)]
+    rig = make_rig(page_size, disk=root)
+    for talk in talks:
+        stored(rig, talk)
+    rig.close()
+    rig = make_rig(page_size, disk=root)
+    assert comes_back(rig, talks[first]) == 80
+    rig.evict()
+    for talk in talks:
+        assert comes_back(rig, talk, tail=9) >= 48
+        rig.evict()
+
+
+def test_a_conversation_that_branched_is_found_on_both_ways(make_rig, root) -> None:
+    rig = make_rig(disk=root)
+    fork = [*HISTORY[:50], *range(5000, 5030)]
+    deeper = [*fork[:70], *range(6000, 6020)]
+    for talk in (HISTORY, fork, deeper):
+        stored(rig, talk)
+    rig.close()
+    for talk in (deeper, fork, HISTORY):
+        rig = make_rig(disk=root)
+        assert comes_back(rig, talk) == len(talk)
+        rig.close()
+
+
 def test_exactness_survives_a_restart(make_rig, root) -> None:
     settings = {"lossy": ROUNDING, "turn_ends": [1009], "disk": root}
     first = make_rig(**settings)

@@ -94,5 +94,6 @@ def test_a_killed_server_leaves_its_conversations(serve, plain_server, tmp_path)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_fifty_conversations_survive_a_kill(serve, plain_server, tmp_path) -> None:
     restart(serve, plain_server, tmp_path / "tier", 50)

@@ -42,7 +42,12 @@ KRUL = {
     "fixed": ("fixed", False),
     "paper": ("paper", True),
     "predictive": ("predictive", True),
+    "lossless_disk": ("lossless", False),
+    "predictive_disk": ("predictive", False),
 }
+DISK = ("lossless_disk", "predictive_disk")
+"""Those whose conversations come from files: before each measured request the server forgets
+what it has in memory."""
 RECOMPUTE = "recompute"
 POLICIES = (RECOMPUTE, *HICACHE, *KRUL)
 
@@ -112,7 +117,7 @@ class Peer:
         the policy may. plugin: :func:`hicache_cpu.as_plugin`."""
         self.policy = policy
         self.shape = shape
-        self._files = TemporaryDirectory(prefix="hicache-pages-")
+        self._files = TemporaryDirectory(prefix="kept-kv-")
         env = {}
         flags = ["--dtype", dtype, "--page-size", str(PAGE), "--sleep-on-idle"]
         flags += ["--max-total-tokens", str(shape.pool), "--chunked-prefill-size", "8192"]
@@ -128,6 +133,8 @@ class Peer:
             flags.append("--enable-krul")
             for name, value in krul_settings(policy, bandwidth, recompute, profile).items():
                 flags += [f"--krul-{name.replace('_', '-')}", str(value)]
+        if policy in DISK:
+            flags += ["--krul-dir", self._files.name]
         self.server = LiveServer(model, flags, env=env, ready_seconds=600)
 
     def start(self) -> None:
@@ -149,7 +156,9 @@ class Peer:
         deadline, before = time.monotonic() + SETTLE_SECONDS, -1
         while time.monotonic() < deadline:
             if self.policy in KRUL:
-                quiet = self.krul()["memory"]["staging"] == 0
+                state = self.krul()
+                disk = state.get("tiers", {}).get("disk", {})
+                quiet = state["memory"]["staging"] == 0 and not disk.get("unwritten")
             else:
                 pages = sum(1 for _ in Path(self._files.name).iterdir())
                 quiet = self.policy != "hicache_file" or pages == before
@@ -158,6 +167,11 @@ class Peer:
                 return
             time.sleep(0.3)  # between two looks
         raise OSError("the server does not finish storing")
+
+    def leave_memory(self) -> None:
+        """What is stored lies in files only, where the policy is about those. Raises OSError."""
+        if self.policy in DISK:
+            self.server.flush()
 
     def ask(self, ids: Sequence[int], answer: int) -> Answer:
         """One greedy request over streaming HTTP. Raises OSError (requests' errors are)."""

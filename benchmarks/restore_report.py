@@ -37,6 +37,8 @@ STYLES = {
     "fixed": ("tab:orange", "-", "^"),
     "paper": ("tab:red", "-", "<"),
     "predictive": ("tab:green", "-", "P"),
+    "lossless_disk": ("tab:blue", "-.", "o"),
+    "predictive_disk": ("tab:green", "-.", "P"),
 }
 
 Row = dict[str, Any]

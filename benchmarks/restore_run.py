@@ -183,6 +183,8 @@ class Benchmark:
         history, answer = group[0].cell.history, self.plan.answer
 
         def ask(one: Series, number: int) -> Answer:
+            if number:
+                one.peer.leave_memory()
             given = one.peer.ask(self.prompts.of(number, history), answer)
             problem = given.problem(one.cell.policy, one.peer.shape)
             if problem:

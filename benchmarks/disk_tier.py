@@ -10,10 +10,12 @@ Plain files are created, written and closed; opened, read whole and closed. ``cr
 file whose writer takes the same CRC-32, as whoever wants to notice damage has to. ``synced``:
 both sides fsync the file and its directory (the tier's ``durable``); else neither does.
 ``cold``: the files' pages were dropped from the page cache first, on both sides; else all are
-in it. The first run of each side, which makes the directories, is not counted. Reading verifies no payload checksum on either side: the codecs check theirs as they decode.
+in it. The first run of each side, which makes the directories, is not counted. Reading
+verifies no payload checksum on either side: the codecs check theirs as they decode.
 
 Start-up is the time of opening a tier on that many entries, with the directories cached by the
-system. Needs neither SGLang nor a model. Prints one JSON object.
+system; its CPU seconds are what a busy machine leaves comparable. Needs neither SGLang nor a
+model. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -235,16 +237,21 @@ def start_up(root: Path, entries: int, repeats: int) -> dict[str, Any]:
         os.close(os.open(folder / name.file, os.O_CREAT | os.O_WRONLY, 0o600))
         os.truncate(folder / name.file, name.size)
         parent = end
-    seconds, held = [], 0
+    seconds, cpu, held = [], [], 0
     for _ in range(repeats):
         rss = psutil.Process().memory_info().rss
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         with tier_on(root) as tier:
             seconds.append(time.perf_counter() - began)
+            cpu.append(time.process_time() - worked)
             assert len(tier) == entries
             held = held or psutil.Process().memory_info().rss - rss
     shutil.rmtree(root)
-    return {"seconds": spread(seconds), "rss_bytes_per_entry": round(held / entries)}
+    return {
+        "seconds": spread(seconds),
+        "cpu_seconds": spread(cpu),
+        "rss_bytes_per_entry": round(held / entries),
+    }
 
 
 def processor() -> str:

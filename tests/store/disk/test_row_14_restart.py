@@ -37,6 +37,15 @@ def test_the_same_entries_in_the_same_order(open_tier, root, closed) -> None:
     assert_agrees(second, root)
 
 
+def test_storing_what_is_there_is_a_use_of_it(open_tier) -> None:
+    first = open_tier()
+    a, b = store(first, Piece(1)), store(first, Piece(2))
+    assert publish(first, Piece(1)).outcome is Outcome.PRESENT
+    assert first.names() == [b, a]
+    first.close()
+    assert open_tier().names() == [b, a]
+
+
 def test_conversations_are_found_whole(open_tier, counts) -> None:
     pieces = grown(open_tier(), 50, 4)
     tier = open_tier()

@@ -114,6 +114,7 @@ def measure_rate(url: str, entry_bytes: int, entries: int, repeats: int) -> dict
             raise OSError(f"{parse_address(url).shown} did not take the entries: {tier.degraded}")
         keys = sorted(client.scan_iter(f"{pattern}:kv:*"))
         pulls, gets, looks, nbytes = [], [], [], 0
+        cpu: dict[str, list[float]] = {"pull": [], "get": []}
         for n in range(repeats):
             unknown = np.random.default_rng(100 + n).integers(0, 1 << 16, 2048)
             began = time.perf_counter()
@@ -121,16 +122,18 @@ def measure_rate(url: str, entry_bytes: int, entries: int, repeats: int) -> dict
             tier.look(one)
             one.wait(Stage.OVER, timeout=60)
             looks.append(1e3 * (time.perf_counter() - began))
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             nbytes = sum(len(client.get(key)) for key in keys)
             gets.append(nbytes / (time.perf_counter() - began) / 1e6)
-            began = time.perf_counter()
+            cpu["get"].append(1e9 * (time.process_time() - worked) / nbytes)
+            began, worked = time.perf_counter(), time.process_time()
             one = Pull(Namespace(), ids, (0,), 0, worth=120)
             tier.look(one)
             one.wait(Stage.FOUND, Stage.OVER, timeout=60)
             tier.fetch(one)
             one.wait(Stage.OVER, timeout=120)
             pulls.append(one.nbytes / (time.perf_counter() - began) / 1e6)
+            cpu["pull"].append(1e9 * (time.process_time() - worked) / nbytes)
             if one.nbytes != nbytes:
                 raise OSError(f"only {one.nbytes} of {nbytes} bytes came: {tier.stats.totals()}")
     finally:
@@ -145,6 +148,8 @@ def measure_rate(url: str, entry_bytes: int, entries: int, repeats: int) -> dict
         "pull_mb_s": spread(pulls),
         "get_mb_s": spread(gets),
         "pull_by_get": spread(quotient),
+        "pull_cpu_ms_a_mb": spread(cpu["pull"]),
+        "get_cpu_ms_a_mb": spread(cpu["get"]),
     }
 
 
@@ -217,10 +222,11 @@ def show(out: Console, results: dict[str, Any]) -> None:
     """The tables."""
     if "rate" in results:
         rate = results["rate"]
-        table = Table("", "median MB/s", "least", "most", box=None)
-        for name, key in (("pull", "pull_mb_s"), ("plain GET", "get_mb_s")):
-            own = rate[key]
-            table.add_row(name, *(f"{own[k]:.0f}" for k in ("median", "min", "max")))
+        table = Table("", "median MB/s", "least", "most", "client's CPU, ms a MB", box=None)
+        for name, key in (("pull", "pull"), ("plain GET", "get")):
+            own, worked = rate[f"{key}_mb_s"], rate[f"{key}_cpu_ms_a_mb"]["median"]
+            figures = (f"{own[k]:.0f}" for k in ("median", "min", "max"))
+            table.add_row(name, *figures, f"{worked:.1f}")
         out.print(f"{rate['entries']} entries, {rate['bytes'] / 1e6:.0f} MB")
         out.print(table)
         own = rate["look_up_ms"]

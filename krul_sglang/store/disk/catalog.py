@@ -68,11 +68,14 @@ class Catalog:
             self._shards.setdefault((name.fingerprint, name.shard), (0, set()))[1].add(name)
 
     def drop(self, name: EntryName, hide: bool = False) -> None:
-        """Forget an entry that cannot be used; ``hide`` it where its file stays for good."""
+        """Forget an entry that cannot be used now: the next refresh looks whether its file is
+        there. ``hide`` one that stays and is of no use."""
         with self.lock:
             self._drop(name)
             if hide:
                 self._hidden.add(name)
+            elif (shard := self._shards.get((name.fingerprint, name.shard))) is not None:
+                self._shards[name.fingerprint, name.shard] = (0, shard[1])
 
     def _drop(self, name: EntryName) -> None:
         self.index.remove(name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,23 @@ def test_failures_are_logged_once_and_pauses_grow(root, caplog) -> None:
     assert publish(tier, Piece(1)).outcome is Outcome.STORED
     assert len(caplog.records) == 2
     assert tier.degraded == ""
+
+
+@pytest.mark.parametrize("name", ["open_file", "read", "stat_open"])
+def test_an_entry_that_could_not_be_read_once_is_found_again(root, name) -> None:
+    """Too many open files, say: it still lies there, and counts."""
+    fault = Fault()
+    tier = DiskTier(root, FINGERPRINT, LIMIT, calls=WatchedCalls(fault))
+    store(tier, OLD[0])
+    time.sleep(0.11)  # past the time in which a listing may be racy
+    tier.refresh()
+    fault.failing = {name: errno.EMFILE}
+    assert look(tier, OLD[0]) is None
+    assert tier.totals()["unreadable"] == 1
+    fault.failing = {}
+    assert_agrees(tier, root)
+    assert look(tier, OLD[0]) == OLD[0].payload
+    tier.close()
 
 
 @pytest.fixture

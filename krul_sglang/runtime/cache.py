@@ -59,6 +59,9 @@ from krul_sglang.strategy.base import Selector
 
 logger = logging.getLogger(__name__)
 
+# Set on a request whose stored tokens were looked for on the disk.
+_LOOKED = "krul_looked"
+
 
 @dataclass
 class Krul:
@@ -186,12 +189,27 @@ class KrulRadixCache(UnifiedRadixCache):
         matched = result.device_prefix_len + result.host_hit_length
         self.pulls.note(params.key, result.best_match_node, matched)
         admission.note(self, params.req, result)
+        self._lose_gone(params.req, result.best_match_node)
         usable = self._usable_length(params.req, result)
         if usable < matched:
             result = super().match_prefix(replace(params, key=params.key[:usable]))
         if params.req is not None:
             self._note_match(params.req, result, matched)
         return result
+
+    def _lose_gone(self, req: Any, node_id: int) -> None:
+        """What the disk let go of since it was stored is a miss before it is planned with; once
+        a request, and the same on every rank."""
+        store = self.krul.store
+        if store.disk is None or req is None or hasattr(req, _LOOKED):
+            return
+        setattr(req, _LOOKED, True)
+        stored = [full_data(node).host_value for node in self.path(node_id) if node.evicted]
+        segments = [run.segment for ids in stored for run in slot_runs(ids)]
+        gone = self.agree([int(store.is_gone(segment)) for segment in segments]) if segments else []
+        for segment, is_gone in zip(segments, gone, strict=True):
+            if is_gone:
+                store.mark_lost(segment, gone=True)
 
     def is_exact(self, req: Any) -> bool:
         """Whether a request demands exact KV where some may be lossy."""
@@ -437,7 +455,7 @@ class KrulRadixCache(UnifiedRadixCache):
 
     def lose(self, segment_id: int) -> None:
         """A segment is damaged: its tokens will be computed anew."""
-        logger.warning("krul: segment %d is damaged; recomputing it", segment_id)
+        logger.warning("krul: segment %d cannot be read; recomputing it", segment_id)
         self.krul.store.mark_lost(segment_id)
 
     def forget_lost(self, node_id: int) -> None:

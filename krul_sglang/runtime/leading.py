@@ -38,5 +38,7 @@ def store_above(cache: KrulRadixCache, node: Any) -> None:
         if ids is None:
             return
         cache.tree_core.commit_backup(above.id, ids, {})
+        cache.krul.counters.evicted_tokens += rows.numel()
+        cache.journal.stored(ids)
         cache.tree_core._update_duplicate_tracking(above)
         cache.tree_core.kv_events.record_store(above, medium=StorageMedium.CPU)

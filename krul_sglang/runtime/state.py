@@ -90,6 +90,7 @@ def tiers(cache: Any) -> dict[str, dict[str, Any]]:
         found["disk"] = {
             "bytes": totals.pop("used"),
             **totals,
+            "gone_segments": store.stats.gone_segments,
             "unwritten": store.disk.unwritten,
             "degraded": disk.degraded,
         }

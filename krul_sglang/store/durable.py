@@ -82,7 +82,7 @@ class Durable:
         self.watch = Watch()
         self._store: MemoryStore
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        # Entries nobody could read as the disk did not answer: nothing says they are damaged.
+        # Entries that could not be opened, as the disk did not answer, say: not to be set aside.
         self._spared: set[EntryName] = set()
         self._unwritten = self._jobs = 0
         self._abandoned = False
@@ -205,6 +205,7 @@ class Durable:
     ) -> SegmentReader:
         payload = self.disk.reopen(name)
         if payload is None:
+            self._spared.add(name)  # the tier has dealt with it
             raise CodecError(f"{name.file} cannot be read")
         ledger = self._store.ledger
         ledger.add("loading", payload.size)
@@ -224,6 +225,14 @@ class Durable:
             self.watch,
         )
         return reader
+
+    def holds(self, name: EntryName) -> bool:
+        """Whether a file is there, as far as is known without looking."""
+        return self.disk.holds(name)
+
+    def used(self, name: EntryName) -> None:
+        """What a file holds was read in memory: it is not to be the first to go. Soon."""
+        self._later(lambda: self.disk.use(name))
 
     def set_aside(self, name: EntryName) -> None:
         """An entry turned out to be damaged; it is moved out of the way in the background."""

@@ -17,6 +17,9 @@ class StoreStats:
     encoded_bytes: int = 0
     fallbacks: int = 0
     lost_segments: int = 0
+    """Damaged, or not readable when they were wanted."""
+    gone_segments: int = 0
+    """That only the disk had, and that made way there for others."""
     demoted_segments: int = 0
     """Let go of in memory, as the disk has them."""
     promoted_segments: int = 0

@@ -292,10 +292,13 @@ class MemoryStore:
     def demote(self, nbytes: int) -> int:
         """Let go of sealed bytes that the disk has, least recently used first, until ``nbytes``
         are free; returns how many were freed."""
-        freed = 0
+        freed, disk = 0, self.disk
         with self._lock:
             while freed < nbytes and self._demotable:
                 _, segment = self._demotable.popitem(last=False)
+                if segment.file is None or disk is None or not disk.holds(segment.file):
+                    segment.file = None  # it made way there: memory has the last copy
+                    continue
                 freed += segment.resident_bytes
                 self.ledger.add("tier", -segment.resident_bytes)
                 segment.payload = None
@@ -376,6 +379,8 @@ class MemoryStore:
         if run is not None:
             return RawReader(run)
         if payload is not None:
+            if file is not None and self.disk is not None:
+                self.disk.used(file)
             reader = self._codec_for(segment.codec).open(payload)
         elif file is not None and self.disk is not None:
             reader = self.disk.open(segment.id, file, self._codec_for)
@@ -395,8 +400,16 @@ class MemoryStore:
         segment.run = segment.strategy = None
         segment.payload, segment.sealed_bytes = None, 0
 
-    def mark_lost(self, segment_id: int) -> None:
-        """Turn a damaged segment into a miss; its ids stay valid until released."""
+    def is_gone(self, segment_id: int) -> bool:
+        """Whether only the disk had a segment, and let it go since."""
+        segment, disk = self._segments.get(segment_id), self.disk
+        if segment is None or disk is None or segment.payload is not None or segment.file is None:
+            return False
+        return not disk.holds(segment.file)
+
+    def mark_lost(self, segment_id: int, gone: bool = False) -> None:
+        """Turn a damaged segment, or one that is gone, into a miss; its ids stay valid until
+        released."""
         with self._lock:
             segment = self._segments.get(segment_id)
             if segment is None or segment.state is SegmentState.LOST:
@@ -407,8 +420,9 @@ class MemoryStore:
             self._drop_bytes(segment)
             segment.state, segment.file = SegmentState.LOST, None
             self.lost_count += 1
-            self.stats.lost_segments += 1
-        if file is not None and self.disk is not None:
+            self.stats.lost_segments += not gone
+            self.stats.gone_segments += gone
+        if file is not None and not gone and self.disk is not None:
             self.disk.set_aside(file)
 
     def release(self, ids: torch.Tensor) -> None:

@@ -272,3 +272,45 @@ def test_new_weights_leave_nothing_to_restore(make_rig, root, moment) -> None:
     rig.close()
     again = make_rig(lossy=ROUNDING, turn_ends=[1009], disk=root)
     assert again.match(again.request([*HISTORY, 7])) in (0, len(HISTORY), 10)
+
+
+def test_what_the_disk_let_go_of_is_a_miss_above_which_all_is_restored(make_rig, root) -> None:
+    """The budget of the disk is smaller than what the tree knows: nothing counts as damaged, and
+    what is still there is used."""
+    rig = make_rig(disk=root)
+    longer = [*HISTORY, *range(7000, 7040)]
+    stored(rig)
+    stored(rig, longer)
+    demote(rig)
+    tier = disk(rig)
+    (last,) = tier.covering(tier.longest_path((None, None), longer).digest, len(longer))
+    tier._catalog._evict(last)
+    req = rig.request([*longer, 7])
+    assert rig.match(req) == len(HISTORY)
+    assert rig.admit(req)
+    assert req.host_loaded_length == len(HISTORY)
+    rig.abort(req)
+    assert rig.krul.store.stats.gone_segments == 1
+    assert rig.krul.store.stats.lost_segments == 0
+    assert tier.totals()["damaged"] == 0
+
+
+def test_memory_keeps_what_the_disk_let_go_of(make_rig, root) -> None:
+    rig = make_rig(disk=root)
+    stored(rig)
+    tier = disk(rig)
+    for name in tier.names():
+        tier._catalog._evict(name)
+    assert rig.krul.store.demote(1 << 40) == 0
+    assert comes_back(rig) == len(HISTORY)
+
+
+def test_what_memory_serves_is_used_on_the_disk_too(make_rig, root) -> None:
+    """Else the file of the busiest conversation would be the first to go."""
+    rig = make_rig(disk=root)
+    stored(rig)
+    stored(rig, range(2000, 2090))
+    oldest = disk(rig).names()[0]
+    assert comes_back(rig) == len(HISTORY)
+    assert rig.krul.store.disk.wait_written(20)
+    assert disk(rig).names()[-1] == oldest or disk(rig).names()[0] != oldest

@@ -143,6 +143,15 @@ class DiskTier:
     def __len__(self) -> int:
         return len(self._catalog.index)
 
+    def holds(self, name: EntryName) -> bool:
+        """Whether an entry is there, as far as is known: no file is looked at."""
+        with self._catalog.lock:
+            return name in self._catalog.index
+
+    def use(self, name: EntryName) -> None:
+        """Count a use of an entry that was not opened, as memory has it too."""
+        self._catalog.use(name)
+
     def totals(self) -> dict[str, int]:
         """The counters, and what is held now."""
         catalog = self._catalog

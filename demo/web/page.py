@@ -28,10 +28,12 @@ PARTS = (
 """What the page consists of, in the order that :meth:`Page.changes` returns it."""
 IDLE = 10.0
 """Seconds after which the automatic mode lets a conversation be evicted."""
+AGAIN = 5
+"""Ticks after which all parts are sent once more: answers may overtake each other on the way."""
 SLOW = 6.0
 """Seconds without a first token after which the page says that it still waits."""
 REDRAW = 0.2
-"""Seconds between two pictures of an answer that is coming in."""
+"""Seconds between two pictures of answers that are coming in, of all visitors together."""
 
 
 @dataclass
@@ -78,11 +80,17 @@ class Page:
             measure,
         )  # fmt: skip
         for _ in turn:
-            if time.monotonic() - drawn > REDRAW or not one.running:
+            pause = REDRAW * max(1, len(self._answering()))
+            if time.monotonic() - drawn > pause or not one.running:
                 drawn = time.monotonic()
                 yield
         self.observer.look()
         yield
+
+    def _answering(self) -> list[Conversation]:
+        """Everybody's conversations in which a turn runs."""
+        sessions = list(self._sessions.values())
+        return [one for s in sessions for one in list(s.conversations.values()) if one.running]
 
     def start_pressure(self, session: Session) -> threading.Thread | None:
         """Let other visitors take the pool from this session's idle conversations, in the
@@ -131,6 +139,9 @@ class Page:
     def tick(self, session: Session, automatic: bool) -> None:
         """A second has passed in front of a visitor."""
         self.observer.touch()
+        session.ticks += 1
+        if session.ticks % AGAIN == 0:
+            session.seen.clear()
         if automatic and self._resident(session, IDLE):
             self.start_pressure(session)
 
@@ -179,8 +190,10 @@ class Page:
 
     def changes(self, session: Session) -> dict[str, Any]:
         """The parts that this visitor does not see yet, as they should be."""
-        drawn = self.draw(session)
-        with session.lock:
+        one = session.current
+        self.detail(one, self.standings(session)[session.active])  # asks; what follows does not
+        with session.lock:  # or an older picture could follow a newer one
+            drawn = self.draw(session)
             new = {name: part for name, part in drawn.items() if session.seen.get(name) != part}
             session.seen.update(new)
         return new

@@ -127,8 +127,9 @@ class Session:
     def __init__(self, starters: Iterable[Starter] = STARTERS) -> None:
         self.lock = threading.RLock()
         self.conversations: dict[str, Conversation] = {}
-        self.seen: dict[str, str] = {}
+        self.seen: dict[str, Any] = {}
         """What each part of the page shows, so that only changes are sent."""
+        self.ticks = 0
         for starter in starters:
             self.open(starter.title, starter.document, starter.questions)
         self.active = next(iter(self.conversations))

@@ -116,9 +116,9 @@ def verdict(held: Standing, krul: Mapping[str, Any], detail: Mapping[str, Any]) 
     if lossy and budget:
         finest = min(one["step"] for one in lossy)
         said.append(
-            f"within {budget:g} nats at the budget's step"
+            f"predictive, within {budget:g} nats at the budget's step"
             if step is None or finest > 0.999 * step
-            else f"within {budget:g} nats at {step / finest:.1f} times finer steps"
+            else f"predictive, within {budget:g} nats at {step / finest:.1f} times finer steps"
         )
     elif lossy:
         said.append("lossy")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import statistics
 import time
 
 import pytest
-from browsing import ANSWER, POOL, SHIFT, ask, card, choose, counts, press, state, wait_for_state
+from browsing import POOL, SHIFT, ask, card, choose, counts, press, state, wait_for_state
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("demo")]
 
@@ -32,7 +33,7 @@ def test_a_conversation_is_evicted_and_comes_back(demo, open_page) -> None:
     assert shown["restored"] > 300
     assert shown["restored"] == trace["tokens"] == demo.krul()["restored_tokens"] - before
     assert shown["recomputed"] + shown["new"] == trace["recomputed_tokens"] + trace["new_tokens"]
-    assert first["new"] + ANSWER - 1 <= sum(shown.values()) - shown["new"] + 1
+    assert first["new"] <= shown["device"] + shown["restored"] + shown["recomputed"]
     wait_for_state(page, 0, "device")
     # What it cost, and what a recompute did, both measured.
     times = {
@@ -126,16 +127,20 @@ def test_axe_finds_nothing_serious(open_page, scheme: str) -> None:
 
 def test_eight_visitors_at_once(demo, open_page) -> None:
     """All are answered, and the page answers to a click meanwhile."""
-    pages = [open_page() for _ in range(8)]
-    for page in pages:
-        page.locator("#suggest button").first.click()
-    waits = []
-    for page in pages:
+
+    def click(page) -> float:
         began = time.perf_counter()
         choose(page, 1)
         choose(page, 0)
-        waits.append((time.perf_counter() - began) / 2)
-    assert sorted(waits)[len(waits) // 2] < 1.0, waits
+        return (time.perf_counter() - began) / 2
+
+    pages = [open_page() for _ in range(8)]
+    alone = statistics.median(click(pages[0]) for _ in range(3))
+    for page in pages:
+        page.locator("#suggest button").first.click()
+    together = statistics.median(click(page) for page in pages)
+    # The same cores run the server's model and all eight tabs.
+    assert together < max(1.0, 5 * alone), f"{together:.2f} s; {alone:.2f} s while nobody asked"
     for page in pages:
         page.wait_for_function(
             """() => document.querySelector('#cards [aria-current]').dataset.state !== 'running'

@@ -36,6 +36,7 @@ class Turn:
     ttft: float
     without: float | None = None
     text: str = field(default="", repr=False)
+    sampling: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def returns(self) -> bool:
@@ -84,7 +85,18 @@ class Endpoint(sgl.RuntimeEndpoint):
         prompt, lossy = meta["prompt_tokens"], found.get("lossy", 0)
         computed = prompt - device - restored
         self.turns.append(
-            Turn(name, number, prompt, device, restored, lossy, computed, ttft, text=s.text_)
+            Turn(
+                name,
+                number,
+                prompt,
+                device,
+                restored,
+                lossy,
+                computed,
+                ttft,
+                text=s.text_,
+                sampling=sampling,
+            )
         )
         return text, meta
 

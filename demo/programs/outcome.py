@@ -13,6 +13,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from session import Session
 
+ASKED = ("text", "sampling")
+"""Of a turn, what is not told."""
 ROWS = 40
 """More turns than this are shown as one row a turn's number."""
 
@@ -27,7 +29,7 @@ def report(title: str, session: Session) -> dict[str, Any]:
         "policy": state["policy"],
         "pool_tokens": session.pool,
         "chat_template": session.endpoint.chat_template.name,
-        "turns": [{k: v for k, v in asdict(turn).items() if k != "text"} for turn in turns],
+        "turns": [{k: v for k, v in asdict(turn).items() if k not in ASKED} for turn in turns],
         "restored_tokens": sum(turn.restored for turn in turns),
         "computed_tokens": sum(turn.computed for turn in turns),
         "ratio": state["ratio"],

@@ -149,7 +149,8 @@ class Session:
             for done, turn in enumerate(hits):
                 update(f"the same turns without Krul: {done + 1} of {len(hits)}")
                 self.settle()
-                sampling = {"max_new_tokens": 1, "temperature": 0}
+                # Its grammar, too: that may cost more than the prompt.
+                sampling = {**turn.sampling, "max_new_tokens": 1}
                 turn.without, _, _ = self.endpoint.ask(turn.text, sampling, fresh=True)
 
     def run_again(self, program: Callable[[Session], None]) -> None:

@@ -21,13 +21,15 @@ def crasher() -> Iterator[Crasher]:
 
 def survive(crasher, root, counts, rounds: int, limit: int) -> None:
     rng, journal = random.Random(limit), root.parent / "acknowledged"
-    before, exact, missing, kept = 0, 0, 0, []
+    before, exact, missing, kept, patience = 0, 0, 0, [], 1.0
     for number in range(rounds):
-        delay = rng.uniform(0.002, 0.08)
+        delay = rng.uniform(0.002, 0.08) * patience
         task = {"root": root, "journal": journal, "limit": limit, "seed": number}
         assert crasher.run(**task, delay=delay)["killed"]
         pieces = acknowledged(journal)
         new, before = pieces[before:], len(pieces)
+        # On a machine so busy that nothing was stored in that time, it gets more of it.
+        patience = 1.0 if new else min(2 * patience, 16.0)
         here, gone = inspect(root, new + rng.sample(kept, min(20, len(kept))), limit)
         exact, missing, kept = exact + here, missing + gone, pieces
     here, gone = inspect(root, kept, limit)
@@ -46,12 +48,12 @@ def survive(crasher, root, counts, rounds: int, limit: int) -> None:
     )
 
 
-@pytest.mark.parametrize("limit", [PLENTY, 400_000], ids=["all fits", "evicting"])
+@pytest.mark.parametrize("limit", [PLENTY, 200_000], ids=["all fits", "evicting"])
 def test_killed_at_random_moments(crasher, root, counts, limit) -> None:
     survive(crasher, root, counts, 30, limit)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("limit", [PLENTY, 400_000], ids=["all fits", "evicting"])
+@pytest.mark.parametrize("limit", [PLENTY, 200_000], ids=["all fits", "evicting"])
 def test_killed_at_two_hundred_random_moments(crasher, root, counts, limit) -> None:
     survive(crasher, root, counts, 200, limit)

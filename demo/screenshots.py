@@ -14,7 +14,7 @@ from typing import Any
 
 BROWSER = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--force-color-profile=srgb", "--hide-scrollbars"]
-SCREEN, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
+SCREEN, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 1500}
 CALM = """() => !document.querySelector('#note .k-busy')
   && document.querySelector('#cards [aria-current]').dataset.state !== 'running'"""
 EVICTED = """() => [...document.querySelectorAll('#cards button')].every(
@@ -47,6 +47,7 @@ def dark(page: Any, wanted: bool) -> None:
 
 def take(url: str, out: Path, compared: bool) -> list[Path]:
     """Take all pictures; returns where they are."""
+    from PIL import Image
     from playwright.sync_api import sync_playwright
 
     path = next(filter(None, map(shutil.which, BROWSER)), None)
@@ -61,7 +62,9 @@ def take(url: str, out: Path, compared: bool) -> list[Path]:
         def shoot(name: str, whole: bool = True) -> None:
             taken.append(out / f"demo_{name}.png")
             page.screenshot(path=taken[-1], full_page=whole)
-            print(f"  {taken[-1]}")
+            image = Image.open(taken[-1])
+            image.quantize(256, dither=Image.Dither.NONE).save(taken[-1], optimize=True)
+            print(f"  {taken[-1]}: {taken[-1].stat().st_size / 1e3:.0f} kB")
 
         page.goto(url)
         page.wait_for_selector("html.k-ready")
@@ -92,7 +95,7 @@ def take(url: str, out: Path, compared: bool) -> list[Path]:
         dark(page, False)
         page.set_viewport_size(PHONE)
         page.wait_for_timeout(800)
-        shoot("phone")
+        shoot("phone", whole=False)
         browser.close()
     return taken
 

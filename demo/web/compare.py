@@ -122,6 +122,8 @@ class Comparison:
             for outcome in self.outcomes:
                 outcome.state = outcome.state if outcome.state == "done" else "stopped"
         finally:
+            for outcome in self.outcomes:
+                outcome.state = "not run" if outcome.state == "waiting" else outcome.state
             self.finished.set()
 
     def _say(self, outcome: Outcome, state: str) -> None:

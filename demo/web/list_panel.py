@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from web.marks import bar, bytes_text, chip, escape, figure
+from web.marks import bar, bytes_text, chip, escape
 from web.observer import Sight
 from web.sessions import STATES, Conversation, Session, Standing
 
@@ -92,6 +92,3 @@ def document_note(one: Conversation) -> str:
         f"<details class='k-document'><summary>With its first message it carries a document of "
         f"{words} words</summary><pre>{escape(one.document)}</pre></details>"
     )
-
-
-__all__ = ["document_note", "figure", "list_panel", "pool_panel", "suggestions"]

@@ -58,10 +58,13 @@ def run(directory: Path, name: str | None, limit: int, json: bool) -> int:
     if json:
         return _print(body)
     out = console()
-    _show_lines(out, body["conversations"])
-    out.print(f"{len(body['conversations'])} of {body['total']} conversations, the newest first.")
-    total = f"{body['entries']} entries, {bytes_text(body['file_bytes'])} of files"
-    out.print(f"{total}, {ratio_text(body['ratio'])} smaller than the KV they hold.")
+    if found.entries:
+        _show_lines(out, body["conversations"])
+        out.print(f"{len(body['conversations'])} of {body['total']} conversations, newest first.")
+        total = f"{body['entries']} entries, {bytes_text(body['file_bytes'])} of files"
+        out.print(f"{total}, {ratio_text(body['ratio'])} smaller than the KV they hold.")
+    else:
+        out.print("Nothing is stored.")
     if found.unread:
         out.print(f"{found.unread} headers cannot be read: see `krul verify`.")
     show_users(holders)
@@ -127,8 +130,8 @@ def _show_one(matching: list[Conversation]) -> int:
         _show_lines(out, [{**one, "segments": len(one["segments"])}])
         if one["missing_tokens"]:
             out.print(f"The {one['missing_tokens']} tokens before them are not stored any more.")
-        table = table_of("start", "tokens", "exact", "codec", "bytes", "raw", "ratio", "file",
-                         title="Segments", left=("codec", "file"))  # fmt: skip
+        names = ("start", "tokens", "exact", "codec", "bytes", "raw", "ratio")
+        table = table_of(*names, title="Segments", left=("codec",))
         for own in one["segments"]:
             table.add_row(
                 str(own["start"]),
@@ -138,7 +141,6 @@ def _show_one(matching: list[Conversation]) -> int:
                 bytes_text(own["file_bytes"]),
                 bytes_text(own["raw_bytes"]),
                 ratio_text(own["ratio"]),
-                f"{own['file'][:8]}../{own['file'].split('/', 1)[1]}",
             )
         out.print(table)
     return 0

@@ -78,3 +78,22 @@ def test_the_newest_come_first_and_may_be_limited(root) -> None:
     ages = [one["age_seconds"] for one in body["conversations"]]
     assert ages == sorted(ages)
     assert len(ages) == 2
+
+
+def test_what_is_shown_to_people(root) -> None:
+    def shown(*arguments: str) -> str:
+        done = CliRunner().invoke(app, ["inspect", *arguments, "--dir", str(root)])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    fill(root, OURS, THEIRS)
+    text = shown()
+    one = inspect(root)["conversations"][0]
+    assert one["id"] in text
+    assert "6 entries" in text
+    assert "2 of 2 conversations" in text
+    assert one["id"] in shown(one["id"][:5])
+    assert "Segments" in shown(one["id"][:5])
+    for file in files(root):
+        file.unlink()
+    assert shown() == "Nothing is stored.\n"

@@ -46,7 +46,7 @@ class Session:
         self.args = args
         self.url = url
         self._out = out
-        self._others = random.Random(5)
+        self._others = random.Random()  # what they say is new each time: nothing of it returns
         self._stopped = threading.Event()
         info = self._get("/server_info")
         if not info.get("internal_states"):

@@ -100,8 +100,8 @@ def test_what_was_evicted_comes_back(live: LiveServer, run, name: str) -> None:
         assert found["ttft_without"] > 0
     after = live.krul()
     assert found["restored_tokens"] == sum(turn["restored"] for turn in turns)
-    # Nothing but what the server says; pressure and comparing restore nothing of their own.
-    assert found["restored_tokens"] == after["restored_tokens"] - before["restored_tokens"]
+    # A prompt of random tokens may begin as another one did, and restore a token.
+    assert found["restored_tokens"] <= after["restored_tokens"] - before["restored_tokens"]
     assert after["evicted_tokens"] > before["evicted_tokens"]
 
 

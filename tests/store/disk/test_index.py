@@ -42,13 +42,12 @@ class PlainIndex:
     def candidates(self, keep: tuple[bytes, bytes] | None) -> set[EntryName]:
         """Those that may go: the oldest dispensable ones."""
         free = [n for n in self.times if self.dispensable(n)]
-        if keep is not None:
-            alike = [n for n in self.times if (n.fingerprint, n.end) == keep]
-            if len(alike) == 1:
-                free = [n for n in free if n != alike[0]]
-                if not free:
-                    return set()
-        if not free:
+        alike = [n for n in self.times if (n.fingerprint, n.end) == keep]
+        if len(alike) == 1 and alike[0] in free:
+            free.remove(alike[0])
+            if not free:
+                return set()
+        if not free:  # in a circle: nothing that anyone stored
             free = list(self.times)
         oldest = min((self.times[n] for n in free), default=0)
         return {n for n in free if self.times[n] == oldest}
@@ -64,8 +63,10 @@ class IndexMachine(RuleBasedStateMachine):
         self.index.add(name, ns)
         self.plain.times[name] = ns
 
-    @rule(name=NAMES)
-    def remove(self, name: EntryName) -> None:
+    @rule(name=NAMES, choice=st.integers(0, 99), known=st.booleans())
+    def remove(self, name: EntryName, choice: int, known: bool) -> None:
+        if known and self.plain.times:
+            name = sorted(self.plain.times)[choice % len(self.plain.times)]
         self.index.remove(name)
         self.plain.times.pop(name, None)
 

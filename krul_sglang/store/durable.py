@@ -124,7 +124,10 @@ class Durable:
 
     def _write_forever(self) -> None:
         while (job := self._queue.get()) is not None:
-            job()
+            try:
+                job()
+            except Exception:
+                logger.exception("the disk tier failed at something it was to do later")
             del job
             with self._idle:
                 self._jobs -= 1
@@ -136,11 +139,10 @@ class Durable:
             # Nobody names it any more: not worth the writing.
             if segment.live_tokens and not self._abandoned:
                 name = self._publish(segment, payload, origin)
-        except Exception:
-            logger.exception("segment %d could not be written", segment.id)
-        self._store.written(segment, name)
-        with self._idle:
-            self._unwritten -= 1
+        finally:
+            self._store.written(segment, name)
+            with self._idle:
+                self._unwritten -= 1
 
     def _publish(self, segment: Segment, payload: Payload, origin: Origin) -> EntryName | None:
         done = self.disk.publish(

@@ -314,3 +314,15 @@ def test_what_memory_serves_is_used_on_the_disk_too(make_rig, root) -> None:
     assert comes_back(rig) == len(HISTORY)
     assert rig.krul.store.disk.wait_written(20)
     assert disk(rig).names()[-1] == oldest or disk(rig).names()[0] != oldest
+
+
+def test_a_bug_in_what_is_done_later_does_not_end_the_writer(make_rig, root, caplog) -> None:
+    rig = make_rig(disk=root)
+    publish, disk(rig).publish = disk(rig).publish, None
+    stored(rig)
+    assert rig.krul.store.disk.unwritten == 0
+    assert "failed" in caplog.text
+    disk(rig).publish = publish
+    stored(rig, range(2000, 2090))
+    assert rig.krul.store.demote(1 << 40) > 0
+    assert comes_back(rig) == comes_back(rig, range(2000, 2090)) == 90

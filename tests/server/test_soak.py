@@ -92,7 +92,7 @@ def test_row_15_nothing_grows(serve, tmp_path: Path, request) -> None:
             f"\nsoak: {seconds:.0f} s, {turns} turns, {left} abandoned; restored "
             f"{state['restored_tokens']} tokens, evicted {state['evicted_tokens']}, demoted "
             f"{state['tiers']['memory']['demoted_segments']} segments, evicted from disk "
-            f"{state['tiers']['disk']['evicted']}; RSS {rss[0] / 1e6:.0f} -> "
+            f"{state['tiers']['disk']['evicted']}, lost {state['lost_segments']}; RSS {rss[0] / 1e6:.0f} -> "
             f"{rss[1] / 1e6:.0f} MB, files {files[0]:.0f} -> {files[1]:.0f}"
         )
         assert turns > 20
@@ -100,7 +100,8 @@ def test_row_15_nothing_grows(serve, tmp_path: Path, request) -> None:
         assert state["restored_tokens"] > 0
         assert state["tiers"]["memory"]["demoted_segments"] > 0
         assert state["tiers"]["disk"]["evicted"] > 0
-        assert state["lost_segments"] == 0
+        # What the disk made way with between a match and its restore; nothing else is lost.
+        assert state["lost_segments"] <= state["tiers"]["disk"]["vanished"]
         assert state["tiers"]["disk"]["damaged"] == 0
         assert state["memory"]["peak"] <= state["memory"]["limit"]
         assert state["tiers"]["disk"]["bytes"] <= state["tiers"]["disk"]["limit"]

@@ -92,8 +92,9 @@ def test_row_15_nothing_grows(serve, tmp_path: Path, request) -> None:
             f"\nsoak: {seconds:.0f} s, {turns} turns, {left} abandoned; restored "
             f"{state['restored_tokens']} tokens, evicted {state['evicted_tokens']}, demoted "
             f"{state['tiers']['memory']['demoted_segments']} segments, evicted from disk "
-            f"{state['tiers']['disk']['evicted']}, lost {state['lost_segments']}; RSS {rss[0] / 1e6:.0f} -> "
-            f"{rss[1] / 1e6:.0f} MB, files {files[0]:.0f} -> {files[1]:.0f}"
+            f"{state['tiers']['disk']['evicted']}, lost {state['lost_segments']}; "
+            f"RSS {rss[0] / 1e6:.0f} -> {rss[1] / 1e6:.0f} MB, "
+            f"files {files[0]:.0f} -> {files[1]:.0f}"
         )
         assert turns > 20
         assert left > 0

@@ -14,6 +14,7 @@ ABOUT = {
     "paper": "pairs chosen by attention, as in the Krul paper",
     "predictive": "each layer predicted from the one below; the default",
 }
+AT_REST = ("", "done", "waiting", "failed", "stopped", "not run")
 COLUMNS = ("policy", "first token", "restored", "computed", "stored", "same answer")
 
 

@@ -183,7 +183,7 @@ def test_every_peer_brings_a_history_back(chat_model, chat_profile, tmp_path):
     subprocess.run(command, check=True)
     rows = {row["policy"]: row for row in json.loads(out.read_text())["rows"]}
     assert all(row["ttft_p50"] > 0 for row in rows.values())
-    for exact in ("hicache_host", "hicache_file", "lossless"):
+    for exact in ("hicache_host", "hicache_file", "lossless", "lossless_disk"):
         assert rows[exact]["restored_tokens"] >= 496
         assert rows[exact]["agreement"] >= 0.9
     assert rows["predictive"]["stored_bytes"] * 10 < rows["hicache_host"]["stored_bytes"]

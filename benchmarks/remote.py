@@ -168,7 +168,7 @@ def measure_turns(
     """Seconds to the first token of a turn, its history brought or computed."""
     flags = ["--enable-krul", "--krul-policy", policy, "--krul-remote", url]
     flags += ["--dtype", "float32", "--max-total-tokens", str(history + 512)]
-    flags += [] if profile is None else ["--krul-profile", str(profile)]
+    flags += [] if profile is None else ["--krul-profile", str(profile.resolve())]
     warm = repeats  # one more of each to warm up with
     with LiveServer(model, flags) as first:
         for n in range(repeats + 1):

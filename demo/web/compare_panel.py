@@ -54,11 +54,7 @@ def _row(one: Outcome, slowest: float, largest: int) -> str:
     )
     state = one.error or (ABOUT[one.policy] if one.state in ("", "done") else one.state)
     bad = " k-failed" if one.state == "failed" else ""
-    busy = (
-        " k-working"
-        if one.state not in ("", "done", "waiting", "failed", "stopped", "not run")
-        else ""
-    )
+    busy = "" if one.state in AT_REST else " k-working"
     return (
         f'<tr data-policy="{one.policy}" data-state="{escape(one.state.split(",")[0])}">'
         f'<th scope="row"><b>{one.policy}</b><span class="k-state{bad}{busy}">{escape(state)}'

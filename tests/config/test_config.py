@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from krul_sglang.config import (
     settings,
 )
 from krul_sglang.engine import engine_kwargs
-from krul_sglang.runtime import args
+from krul_sglang.runtime import args, compat
 
 BY_NAME = {setting.name: setting for setting in settings()}
 
@@ -128,6 +129,19 @@ def test_a_password_is_not_printed() -> None:
         KrulConfig.from_values({"remote": "redis://user:secret@h:port"})
     assert str(error.value).startswith("--krul-remote=redis://***@h:port: not accepted")
     assert "secret" not in str(error.value)
+
+
+def test_a_missing_client_is_named_with_what_installs_it(monkeypatch) -> None:
+    config = KrulConfig.from_values({"remote": "redis://user:secret@h"})
+    compat.check_client(config)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(KrulConfigError) as error:
+        compat.check_client(config)
+    assert str(error.value) == (
+        "--krul-remote=redis://***@h: the client package is not installed; run "
+        '`pip install "krul-sglang[remote]"`'
+    )
+    compat.check_client(KrulConfig())
 
 
 def test_unknown_names_are_refused_with_the_nearest_one() -> None:

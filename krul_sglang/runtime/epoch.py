@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def before_update(manager: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE ``SchedulerWeightUpdaterManager.update_weights_from_*``."""
-    cache = getattr(manager.scheduler, "tree_cache", None)
+    cache: Any = getattr(manager.scheduler, "tree_cache", None)
     if hasattr(cache, "krul"):
         begin(cache)
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-pytestmark = [pytest.mark.server, pytest.mark.long, pytest.mark.xdist_group("demo")]
+pytestmark = [pytest.mark.server, pytest.mark.long]
 
 
 def test_policies_are_compared_on_the_same_conversation(open_page) -> None:

@@ -9,7 +9,7 @@ import time
 import pytest
 from browsing import POOL, SHIFT, ask, card, choose, counts, press, state, wait_for_state
 
-pytestmark = [pytest.mark.server, pytest.mark.xdist_group("demo")]
+pytestmark = pytest.mark.server
 
 
 def test_a_conversation_is_evicted_and_comes_back(demo, open_page) -> None:

@@ -64,7 +64,7 @@ def _class_row(layers: Sequence[Layer], place: int, factor: float) -> str:
 def _caption(layers: Sequence[Layer], classes: bool) -> str:
     if classes:
         return (
-            "Arcs: predicted from which layer. Darker: more; fine steps go to the tokens "
+            "Arcs: predicted from which layer. Stronger: more; fine steps go to the tokens "
             "that this conversation looked at."
         )
     if any(one["references"] for one in layers):

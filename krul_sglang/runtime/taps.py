@@ -50,9 +50,9 @@ class Taps:
         many layers queries are kept. memory: bytes the rows may take."""
         self._layers = range(0, layers, stride)
         self._index = {layer: i for i, layer in enumerate(self._layers)}
-        size = len(self._index) * ROWS * heads * head_dim * dtype.itemsize
-        self.lanes = max(1, min(LANES, slots, memory // size))
         # One lane and one row more than are used: where unsampled rows go.
+        size = len(self._index) * (ROWS + 1) * heads * head_dim * dtype.itemsize
+        self.lanes = max(1, min(LANES, slots, memory // size - 1))
         shape = (len(self._index), self.lanes + 1, ROWS + 1, heads, head_dim)
         self._q = torch.zeros(shape, dtype=dtype, device=device)
         self._positions = torch.full(shape[1:3], -1, dtype=torch.int32, device=device)

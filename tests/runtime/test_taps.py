@@ -166,5 +166,8 @@ def test_a_request_that_was_retracted_starts_anew() -> None:
 def test_memory_is_bounded_by_bytes() -> None:
     row = 3 * HEADS * DIM * 4
     shape = (LAYERS, HEADS, DIM, torch.float32, torch.device("cpu"), SLOTS, 2)
-    assert Taps(*shape, memory=3 * ROWS * row).lanes == 3
+    taps = Taps(*shape, memory=4 * (ROWS + 1) * row)
+    assert taps.lanes == 3, "the lane and the rows that nobody reads count"
+    assert taps._q.nbytes <= 4 * (ROWS + 1) * row
+    assert Taps(*shape, memory=4 * (ROWS + 1) * row - 1).lanes == 2
     assert Taps(*shape, memory=1).lanes == 1

@@ -111,4 +111,4 @@ def test_every_character_of_a_name(open_tier, root, counts) -> None:
             if left.exists():
                 left.rename(path)
     assert look(open_tier(), piece) == piece.payload
-    counts(names_changed=refused, found_under_them=0)
+    counts(names_changed=refused, wrong_bytes=0)

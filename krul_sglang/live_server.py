@@ -108,6 +108,7 @@ class LiveServer:
 
     def start(self, progress: Callable[[float], None] | None = None) -> LiveServer:
         """Start and wait until it answers. Raises :class:`ServerFailedError`."""
+        self._cwd.mkdir(exist_ok=True)  # gone where the server had been stopped before
         with self.log.open("wb") as sink:
             self.process = subprocess.Popen(
                 self.command,

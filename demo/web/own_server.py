@@ -48,7 +48,7 @@ class OwnServer:
                 self.server.stop()
                 self.server.start(self._still_wanted)
                 self._say("the server is back")
-            except ServerFailedError as error:
+            except (ServerFailedError, OSError) as error:
                 self._say(str(error))
             except InterruptedError:
                 return

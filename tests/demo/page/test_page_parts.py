@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import requests
 from app import DemoError, address, options
 from web.client import Answer, Client, RefusedError, ServerBusyError, ServerDownError
 from web.compare import Outcome
@@ -18,6 +20,7 @@ from web.lanes_panel import lanes_panel
 from web.layout import script_of
 from web.list_panel import list_panel
 from web.observer import Sample
+from web.own_server import OwnServer
 from web.pressure import Pressure, story
 from web.sessions import Session, opening, standing
 from web.similarity_panel import similarity_panel
@@ -25,6 +28,8 @@ from web.storage_panel import POINTS, storage_panel, thinned
 from web.strategy_panel import strategy_panel
 from web.turn_panel import turn_panel, verdict
 from web.turns import Turn, account, shared_prefix, trace_of
+
+from krul_sglang.live_server import LiveServer
 
 # ---- accounts ----------------------------------------------------------------------
 
@@ -406,6 +411,43 @@ def test_a_comparison_asks_what_the_conversation_did_and_then_its_next_questions
     assert script.answer_tokens == 16
     bare = Session().open()
     assert script_of(bare, 1, 96).turns[0].startswith("From the log")
+
+
+# ---- the demo's own server ---------------------------------------------------------
+
+SERVES = """
+import http.server, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def test_a_server_that_dies_is_started_again_until_the_demo_ends(tmp_path) -> None:
+    script = tmp_path / "serves.py"
+    script.write_text(SERVES)
+    server = LiveServer(tmp_path, entry=(str(script),)).start()
+    said: list[str] = []
+    own = OwnServer(server, said.append)
+    own.watch()
+    first = server.process
+    first.kill()
+    until = time.monotonic() + 30
+    while "the server is back" not in said:
+        assert time.monotonic() < until, said
+        time.sleep(0.1)
+    second = server.process
+    assert second is not first
+    assert requests.get(server.url, timeout=5).status_code == 200
+    own.stop()
+    assert second.poll() is not None
+    time.sleep(1.5)
+    assert server.process is None, "it is not started once more"
 
 
 # ---- the command line --------------------------------------------------------------

@@ -29,7 +29,6 @@ import shutil
 import statistics
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import psutil
+from zlib_ng.zlib_ng import crc32
 
 from krul_sglang.store.disk.digest import fingerprint_of
 from krul_sglang.store.disk.entry import EntryName, Namespace
@@ -110,7 +110,7 @@ def write_files(batch: Batch, durable: bool, crc: bool) -> float:
     began = time.perf_counter()
     for number in range(len(batch.ids)):
         if crc:
-            zlib.crc32(batch.payload)
+            crc32(batch.payload)
         with open(folder / str(number), "wb", buffering=0) as file:
             file.write(batch.payload)
             if durable:

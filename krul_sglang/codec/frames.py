@@ -10,13 +10,13 @@ was opened with, and nothing is allocated from a declared size before that.
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
 import msgpack
 import zstandard
+from zlib_ng.zlib_ng import crc32
 
 from krul_sglang.codec.base import CodecError, KVSpec, Payload
 
@@ -58,7 +58,7 @@ def pack_payload(
     header = msgpack.packb(fields, use_bin_type=True)
     if len(header) > MAX_HEADER:
         raise CodecError(f"header of {len(header)} bytes exceeds {MAX_HEADER}")
-    prefix = _PREFIX.pack(MAGIC, VERSION, len(header), zlib.crc32(header))
+    prefix = _PREFIX.pack(MAGIC, VERSION, len(header), crc32(header))
     return b"".join([prefix, header, *frames])
 
 
@@ -88,7 +88,7 @@ def _read_header(payload: Payload) -> tuple[dict[str, Any], int]:
     raw = bytes(memoryview(payload)[_PREFIX.size : end])
     # The prefix has no CRC of its own; its three pad bytes must be zero so that
     # no byte of a payload can change unnoticed.
-    if payload[5:8] != b"\0\0\0" or zlib.crc32(raw) != crc:
+    if payload[5:8] != b"\0\0\0" or crc32(raw) != crc:
         raise CodecError("header checksum differs")
     try:
         header = msgpack.unpackb(raw, raw=False, strict_map_key=True)

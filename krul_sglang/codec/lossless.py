@@ -13,13 +13,13 @@ bits join the raw plane.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 import zstandard
+from zlib_ng.zlib_ng import crc32
 
 from krul_sglang.codec.base import (
     Codec,
@@ -103,7 +103,7 @@ class LosslessCodec(Codec):
             table[1:] -= table[:-1].copy()  # neighbours differ as little as residuals do
             frames.append(compressor.compress(np.concatenate([table, *highs]).data))
             raw = np.concatenate([part.view(np.uint8) for part in lows]).tobytes()
-            checks.append(zlib.crc32(raw))
+            checks.append(crc32(raw))
             frames.append(raw)
         return pack_payload(self.name, self.spec, run.tokens, run.start, frames, {"checks": checks})
 
@@ -172,7 +172,7 @@ class _LosslessReader(SegmentReader):
         decompressor = zstandard.ZstdDecompressor()
         for index, (a, b) in enumerate(self._groups):
             raw = self._frames[2 * index + 1]
-            if zlib.crc32(raw) != self._checks[index]:
+            if crc32(raw) != self._checks[index]:
                 raise CodecError(f"raw plane of layers {a}-{b - 1} is damaged")
             width = sum(self._widths) * (b - a)
             size = width * (1 + self.tokens)

@@ -7,12 +7,12 @@ the directory is the index: there is no second one that could be lost or disagre
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from krul_sglang.codec.base import Payload
 
@@ -148,7 +148,7 @@ class Entry:
             codec,
             raw_bytes,
             len(payload),
-            zlib.crc32(payload),
+            crc32(payload),
         )
 
     @property

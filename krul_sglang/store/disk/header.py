@@ -9,13 +9,13 @@ is allocated for it, before it agrees with the file's size and its name.
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import msgpack
 import numpy as np
 import zstandard
+from zlib_ng.zlib_ng import crc32
 
 from krul_sglang.codec.base import CodecError
 from krul_sglang.codec.frames import open_frame
@@ -75,7 +75,7 @@ def pack_head(entry: Entry) -> bytes:
             raise ValueError(f"a namespace or codec name of {len(text)} characters")
     header = msgpack.packb(fields, use_bin_type=True, unicode_errors="surrogatepass")
     prefix = PREFIX.pack(MAGIC, VERSION, len(header), 0)[:_COVERED]
-    crc = zlib.crc32(header, zlib.crc32(prefix))
+    crc = crc32(header, crc32(prefix))
     return prefix + crc.to_bytes(4, "little") + header
 
 
@@ -94,7 +94,7 @@ def read_head(read: Callable[[int, int], bytes], size: int) -> tuple[Entry, int]
     if length > MAX_HEADER or PREFIX.size + length > size:
         raise CodecError(f"a header of {length} bytes does not fit the file")
     header = read(PREFIX.size, length)
-    if zlib.crc32(header, zlib.crc32(prefix[:_COVERED])) != crc:
+    if crc32(header, crc32(prefix[:_COVERED])) != crc:
         raise CodecError("header checksum differs")
     if version != VERSION or prefix[5:8] != b"\0\0\0":
         raise FutureVersionError(f"segment file of format {version}, this reader knows {VERSION}")

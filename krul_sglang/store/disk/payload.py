@@ -5,11 +5,11 @@ from __future__ import annotations
 import stat
 import threading
 import weakref
-import zlib
 from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from krul_sglang.codec.base import CodecError
 from krul_sglang.store.disk.calls import Calls
@@ -122,7 +122,7 @@ class DiskPayload:
         for offset in range(0, self.size, READ_BYTES):
             part = buffer[: self.size - offset]
             _read(self._calls, self._fd, part, self._offset + offset)
-            crc = zlib.crc32(part, crc)
+            crc = crc32(part, crc)
         if crc != self.entry.payload_crc:
             raise CodecError("payload checksum differs")
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from krul_sglang.codec.base import CodecError
 from krul_sglang.store.disk.entry import Entry, EntryName, Namespace
@@ -39,7 +39,7 @@ def receive(name: EntryName, raw: bytes, namespace: Namespace, ids: np.ndarray) 
     if said != (name.fingerprint, name.start, name.tokens, name.exact_tokens):
         raise CodecError("header and name disagree")
     payload = view[offset:]
-    if zlib.crc32(payload) != entry.payload_crc:
+    if crc32(payload) != entry.payload_crc:
         raise CodecError("payload checksum differs")
     if entry.namespace != namespace or not np.array_equal(entry.ids, ids[: name.stop]):
         # The digests in the name were compared when it was found: only now is it worth knowing

@@ -25,7 +25,7 @@ def converse(
     """Run a turn; yields when there is something new to show. Mutates the conversation.
 
     measure: ask the same prompt once more where nothing of it can be found, for its time to
-    first token, if something was restored. A failure ends the turn with a notice; what was asked
+    first token, if something was restored and the pool holds both. A failure ends the turn with a notice; what was asked
     is taken back, so that it can be asked again.
     """
     conversation.ask(question)
@@ -54,7 +54,8 @@ def converse(
             yield
         conversation.computed = [*ids, *answer.output_ids[:-1]]
         turn.trace = trace_of(turn, client.restores())
-        if measure and turn.restored:
+        # Beside it in the pool, or measuring would evict what has just come back.
+        if measure and turn.restored and len(conversation.computed) + len(ids) + ROOM < pool:
             turn.measuring = True
             yield
             turn.recompute_ttft = client.first_token(ids, f"recompute-{uuid.uuid4().hex}").ttft

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import psutil
 import requests
 
-POOL, ANSWER = 1024, 24
+POOL, ANSWER = 1536, 24
 SHIFT = """
 () => new Promise((done) => {
   let sum = 0;

@@ -25,8 +25,8 @@ def converse(
     """Run a turn; yields when there is something new to show. Mutates the conversation.
 
     measure: ask the same prompt once more where nothing of it can be found, for its time to
-    first token, if something was restored and the pool holds both. A failure ends the turn with a notice; what was asked
-    is taken back, so that it can be asked again.
+    first token, if something was restored and the pool holds both. A failure ends the turn with
+    a notice; what was asked is taken back, so that it can be asked again.
     """
     conversation.ask(question)
     conversation.running, conversation.notice = True, ""

@@ -30,7 +30,8 @@ def ask(page: Any, key: str, questions: int) -> None:
         before = page.locator("#turn .k-turn").count()
         page.locator("#suggest button").first.click()
         page.wait_for_function(
-            "before => document.querySelectorAll('#turn .k-turn').length > before",
+            "before => document.querySelectorAll('#turn .k-turn').length > before"
+            " && [...document.querySelectorAll('#turn .k-turn b')].every(time => time.innerText)",
             arg=before,
         )
         page.wait_for_timeout(500)

@@ -42,6 +42,7 @@ def ask(page, question: str = "", number: int | None = None) -> None:
         page.locator("#suggest button").first.click()
     page.wait_for_function(
         """before => document.querySelectorAll('#turn .k-turn').length > before
+           && [...document.querySelectorAll('#turn .k-turn b')].every(time => time.innerText)
            && document.querySelector('#cards [aria-current]').dataset.state !== 'running'
            && !/Answering|Measuring|Waiting/.test(document.querySelector('#note').innerText)""",
         arg=before,

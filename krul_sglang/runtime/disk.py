@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from krul_sglang.config import KrulConfig, KrulConfigError
-from krul_sglang.runtime.profiles import model_folder
+from krul_sglang.runtime.weights import model_folder
 
 if TYPE_CHECKING:
     from krul_sglang.codec.base import KVSpec

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from krul_sglang.config import KrulConfigError
-from krul_sglang.runtime.profiles import model_folder
+from krul_sglang.runtime.weights import model_folder
 
 pytestmark = pytest.mark.server
 

@@ -178,8 +178,9 @@ def test_row_12_a_file_that_cannot_be_opened_is_a_recompute(rig, calls, read) ->
 
 @pytest.fixture
 def impatient(rig, monkeypatch) -> None:
-    monkeypatch.setattr(restoring, "PATIENCE", 0.05)
-    rig.krul.store.disk.watch.seconds = 0.05
+    # Long enough for a busy machine to open a file in.
+    monkeypatch.setattr(restoring, "PATIENCE", 0.5)
+    rig.krul.store.disk.watch.seconds = 0.5
 
 
 @pytest.mark.usefixtures("impatient")
@@ -206,6 +207,7 @@ def test_row_13_a_read_that_never_returns_is_given_up(rig, calls, root, layer) -
     while rig.krul.store.disk.watch.stalled:
         time.sleep(0.001)
     assert files(root) == before, "slow is not damaged"
+    rig.krul.store.disk.watch.seconds = 20
     assert comes_back(rig, 9) >= len(HISTORY)
 
 
@@ -222,6 +224,7 @@ def test_row_13_a_file_that_never_opens_is_a_miss(rig, calls, root, read) -> Non
     assert files(root) == before, "nothing says that it is damaged"
     while rig.krul.store.disk.watch.stalled:
         time.sleep(0.001)
+    rig.krul.store.disk.watch.seconds = 20
     assert comes_back(rig, 9) >= len(HISTORY)
 
 

@@ -163,7 +163,7 @@ def test_memory_makes_room(make_rig, url) -> None:
     for n in range(10, 22):
         rig.turn(range(n * 1000, n * 1000 + 90), answer=[7])
         rig.evict()
-        rig.sealed()
+        rig.sent()
     held = rig.krul.store.totals()["segments"]
     assert brought(rig) == len(HISTORY)
     snapshot = rig.krul.store.ledger.snapshot()

@@ -53,7 +53,8 @@ def fingerprint(
         tp_rank=rank,
     )
     config = replace(KrulConfig(), dir=model.parent / "tier", policy=policy)
-    with get_parallel().override(tp_size=ranks):
+    # The widths that SGLang checks against each other where an earlier test has set them.
+    with get_parallel().override(tp_size=ranks, attn_tp_size=ranks, moe_tp_size=ranks):
         return fingerprint_of(identity(config, ctx, spec, profile))
 
 

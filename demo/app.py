@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 MODEL = Path("models/SmolLM2-135M-Instruct")
 PORT = 7860
+START_SECONDS = 600
+"""A busy machine takes minutes; a server that ends is noticed at once."""
 
 
 class DemoError(RuntimeError):
@@ -89,7 +91,9 @@ def started(chosen: argparse.Namespace, console, stack: ExitStack) -> str:
             ensure(chosen.model, 1, console.print)
         except ProfileError as error:
             raise DemoError(str(error)) from None
-    server = LiveServer(chosen.model, server_flags(chosen, chosen.policy))
+    server = LiveServer(
+        chosen.model, server_flags(chosen, chosen.policy), ready_seconds=START_SECONDS
+    )
     own = OwnServer(server, lambda text: console.print(text, highlight=False, markup=False))
     stack.callback(own.stop)
     with console.status("starting the server") as status:

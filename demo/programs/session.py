@@ -224,7 +224,7 @@ def _server(args: argparse.Namespace, out: Console) -> Iterator[str]:
     # One prefill a prompt, as the pool holds little more than one.
     flags += ["--max-total-tokens", str(args.pool), "--sleep-on-idle"]
     with progress_line(out, "starting the server"):
-        server = LiveServer(args.model, flags).start()
+        server = LiveServer(args.model, flags, ready_seconds=600).start()
     try:
         yield server.url
     finally:

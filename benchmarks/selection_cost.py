@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     console = Console()
-    profile = options.profile or ensure(options.model, 1, console.print)
+    profile = (options.profile or ensure(options.model, 1, console.print)).resolve()
     flags = [
         "--enable-krul",
         "--krul-profile",
@@ -72,6 +72,8 @@ def main() -> None:
         "--sleep-on-idle",
         "--dtype",
         "float32",
+        "--max-total-tokens",  # else the one that starts first takes most of the memory
+        "8192",
     ]
     shape = (options.turns, options.prompt, options.answer)
     pairs = []

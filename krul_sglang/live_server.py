@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 
 class ServerFailedError(RuntimeError):
@@ -110,15 +110,7 @@ class LiveServer:
         """Start and wait until it answers. Raises :class:`ServerFailedError`."""
         self._cwd.mkdir(exist_ok=True)  # gone where the server had been stopped before
         with self.log.open("wb") as sink:
-            self.process = subprocess.Popen(
-                self.command,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=self._env,
-                cwd=self._cwd,
-                start_new_session=True,
-            )
+            self.process = self._spawn(sink)
         began = time.monotonic()
         try:
             while not self._answers():
@@ -138,6 +130,17 @@ class LiveServer:
             self.stop()
             raise
         return self
+
+    def _spawn(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self.command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=self._env,
+            cwd=self._cwd,
+            start_new_session=True,
+        )
 
     def _answers(self) -> bool:
         import requests

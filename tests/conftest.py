@@ -8,10 +8,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from warm_server import WarmServer, Zygote
 
 from krul_sglang.live_server import LiveServer, has_gpu
 from krul_sglang.profile.base import ProfileError
@@ -65,13 +67,24 @@ def chat_profile(chat_model: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def serve(chat_model: Path) -> Serve:
+def zygote() -> Iterator[Zygote | None]:
+    """What forks servers; None where each is to start anew."""
+    if has_gpu() or os.environ.get("KRUL_TEST_COLD_START"):
+        yield None
+        return
+    zygote = Zygote()
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="session")
+def serve(chat_model: Path, zygote: Zygote | None) -> Serve:
     """``with serve("--enable-krul", ...) as server``: the chat model in float32.
 
     float32, because greedy tokens in bfloat16 may differ between two correct runs
     that put different numbers of rows through one forward pass. The leak check is
     strict: a leaked slot ends the server. Idle servers sleep: several are up at a time.
-    killed: the test ends it by itself.
+    killed: the test ends it by itself. cold: start it anew, imports and all.
     """
 
     @contextmanager
@@ -81,9 +94,13 @@ def serve(chat_model: Path) -> Serve:
         model: Path = chat_model,
         cwd: Path | None = None,
         killed: bool = False,
+        cold: bool = False,
     ) -> Iterator[LiveServer]:
         strict = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1", **(env or {})}
-        server = LiveServer(
+        new = LiveServer
+        if not (zygote is None or cold or "PYTHONPATH" in strict):
+            new = partial(WarmServer, zygote)
+        server = new(
             model,
             ["--dtype", "float32", "--sleep-on-idle", *flags],
             env=strict,

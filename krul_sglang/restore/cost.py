@@ -20,9 +20,13 @@ SURPRISE, BELIEF = 2.0, 0.85
 the first one leaves a factor of 1.4."""
 
 HOPE = 0.9
-"""What a rate is multiplied with whenever a plan avoids its tier: without being tried it would
-stay what it last was, however long ago. It halves in seven plans, and the first thing that a
-better rate buys is one block, which tells the truth."""
+"""What a rate is multiplied with when a plan avoids its tier: without being tried it would
+stay what it last was, however long ago. The first thing that a better rate buys is one block,
+which tells the truth."""
+
+MOST_PATIENCE = 64
+"""Plans that avoid a tier before hope sets in, at most. Each trial that finds the tier no better
+doubles them, so that trying costs less and less."""
 
 LEAST = 64
 """Tokens below which a decode says more of what it costs to begin than of a token."""
@@ -46,17 +50,30 @@ class Rate:
     seconds: float
     """Seconds a unit takes; before the first observation, what was measured at launch."""
     observations: int = 0
+    patience: int = 1
+    """How often it is avoided before hope sets in."""
+    avoided: int = 0
+    """How often it has been since it was last observed."""
+    observed: float = 0.0
+    """The estimate then, which hope does not touch."""
 
     def hope(self) -> None:
         """It was avoided: it may have become better."""
-        self.seconds *= HOPE
+        self.avoided += 1
+        if self.avoided >= self.patience:
+            self.seconds *= HOPE
 
     def observe(self, units: float, seconds: float) -> None:
         """``units`` took ``seconds``; nothing is learnt from nothing."""
-        if units > 0 and seconds > 0:
-            first = self.observations == 0
-            self.seconds = seconds / units if first else _blend(self.seconds, seconds / units)
-            self.observations += 1
+        if not (units > 0 and seconds > 0):
+            return
+        new = seconds / units
+        if self.avoided >= self.patience:  # a trial
+            better = new * SURPRISE < self.observed
+            self.patience = 1 if better else min(2 * self.patience, MOST_PATIENCE)
+        self.seconds = new if self.observations == 0 else _blend(self.seconds, new)
+        self.observed, self.avoided = self.seconds, 0
+        self.observations += 1
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ and letting go (:class:`KrulFullComponent`). The tree owns residency throughout.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -31,14 +30,16 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from krul_sglang.config import KrulConfig
 from krul_sglang.profile.base import Profile
-from krul_sglang.restore.load import Loader, Opened
+from krul_sglang.restore.load import Loader
 from krul_sglang.restore.planner import Planner
 from krul_sglang.runtime import (
     admission,
     adoption,
     backup,
     leading,
+    loading,
     marks,
+    missing,
     selection,
     truncation,
 )
@@ -53,14 +54,7 @@ from krul_sglang.runtime.restoring import LIMIT, Restores
 from krul_sglang.runtime.state import Counters
 from krul_sglang.runtime.taps import Taps
 from krul_sglang.store.memory import MemoryStore
-from krul_sglang.store.segment import SegmentState
-from krul_sglang.store.slots import slot_runs
 from krul_sglang.strategy.base import Selector
-
-logger = logging.getLogger(__name__)
-
-# Set on a request whose stored tokens were looked for on the disk.
-_LOOKED = "krul_looked"
 
 
 @dataclass
@@ -149,14 +143,6 @@ class KrulRadixCache(UnifiedRadixCache):
             yield node
             node = node.parent
 
-    def _has_lost(self, node: Any) -> bool:
-        """Whether any of the node's stored copy is lost."""
-        ids, store = full_data(node).host_value, self.krul.store
-        if ids is None or not store.lost_count:
-            return False
-        segments = [store.get(run.segment) for run in slot_runs(ids)]
-        return any(s is not None and s.state is SegmentState.LOST for s in segments)
-
     def forget_stored(self, node: Any) -> None:
         """Drop a device-resident node's stored copy, so that its next eviction stores it anew."""
         data = full_data(node)
@@ -189,27 +175,13 @@ class KrulRadixCache(UnifiedRadixCache):
         matched = result.device_prefix_len + result.host_hit_length
         self.pulls.note(params.key, result.best_match_node, matched)
         admission.note(self, params.req, result)
-        self._lose_gone(params.req, result.best_match_node)
+        missing.lose_gone(self, params.req, result.best_match_node)
         usable = self._usable_length(params.req, result)
         if usable < matched:
             result = super().match_prefix(replace(params, key=params.key[:usable]))
         if params.req is not None:
             self._note_match(params.req, result, matched)
         return result
-
-    def _lose_gone(self, req: Any, node_id: int) -> None:
-        """What the disk let go of since it was stored is a miss before it is planned with; once
-        a request, and the same on every rank."""
-        store = self.krul.store
-        if store.disk is None or req is None or hasattr(req, _LOOKED):
-            return
-        setattr(req, _LOOKED, True)
-        stored = [full_data(node).host_value for node in self.path(node_id) if node.evicted]
-        segments = [run.segment for ids in stored for run in slot_runs(ids)]
-        gone = self.agree([int(store.is_gone(segment)) for segment in segments]) if segments else []
-        for segment, is_gone in zip(segments, gone, strict=True):
-            if is_gone:
-                store.mark_lost(segment, gone=True)
 
     def is_exact(self, req: Any) -> bool:
         """Whether a request demands exact KV where some may be lossy."""
@@ -228,7 +200,7 @@ class KrulRadixCache(UnifiedRadixCache):
                 begin = end - len(node.key)
                 if exact and marks.is_lossy(node):
                     usable = min(usable, begin + marks.exact_tokens(node))
-                if node.evicted and self._has_lost(node):
+                if node.evicted and missing.has_lost(self, node):
                     usable = min(usable, begin)
                 end = begin
             missed = usable < planned
@@ -317,7 +289,7 @@ class KrulRadixCache(UnifiedRadixCache):
             if fresh:
                 # Computed just now: as exact as the prefix it was computed on.
                 marks.mark_computed(node, exact=not tainted)
-                if self._has_lost(node):
+                if missing.has_lost(self, node):
                     self.forget_stored(node)
             tainted = tainted or marks.is_lossy(node)
         return result
@@ -398,77 +370,11 @@ class KrulRadixCache(UnifiedRadixCache):
         host_lock = self.inc_host_lock_ref(node_id).to_dec_params()
         device_lock = self.inc_lock_ref(node_id)
         try:
-            return self._load_back_locked(node_id, mem_quota, req, device_lock.delta)
+            loaded = loading.load(self, node_id, mem_quota, req, device_lock.delta)
+            if not loaded and req is not None:
+                self._note_lossy(req, req.last_node)
+            return loaded
         finally:
             self.dec_lock_ref(node_id, device_lock.to_dec_params())
             self.dec_host_lock_ref(node_id, host_lock)
             self.publish()
-
-    def _load_back_locked(
-        self, node_id: int, mem_quota: int | None, req: Any, locked_tokens: int
-    ) -> bool:
-        transfer, _ = self.tree_core.build_load_back_spec(node_id, req=req)
-        tokens = transfer.host_indices.numel()
-        if tokens == 0 or (mem_quota is not None and tokens + locked_tokens > mem_quota):
-            return False
-        if not self._fits_memory(transfer.host_indices):
-            self._miss(node_id, req, tokens)
-            return False
-        opened = self.krul.loader.open(slot_runs(transfer.host_indices))
-        if not self._can_open(opened, transfer.host_indices):
-            self._miss(node_id, req, tokens)
-            return False
-        allocator = self.token_to_kv_pool_allocator
-        shortfall = tokens - allocator.available_size()
-        if shortfall > 0:
-            self.evict_for_alloc(EvictParams(num_tokens=shortfall))
-        rows = allocator.alloc(tokens)
-        if rows is None:
-            return False
-        rows = rows.to(torch.int64)
-        self.restores.begin(opened, transfer, rows, req)
-        if not self.restores.overlapped and self.restores.settle():
-            allocator.free(rows)
-            self._miss(node_id, req, tokens)
-            return False
-        for loaded in transfer.nodes_to_load:
-            marks.mark_loaded(self.tree_core.node_by_id(loaded))
-        self._apply_cache_actions(self.tree_core.commit_load_back(node_id, rows, transfer, {}))
-        self.tree_core.finish_load_back(node_id)
-        return True
-
-    def _fits_memory(self, ids: torch.Tensor) -> bool:
-        """Whether every rank has room for what must come from its disk."""
-        if self.krul.store.disk is None:
-            return True
-        segments = {run.segment for run in slot_runs(ids)}
-        return not self.agree([int(not self.krul.store.make_room_to_read(segments))])[0]
-
-    def _can_open(self, opened: Opened, ids: torch.Tensor) -> bool:
-        """Whether every rank could open all of its segments; what one could not is lost."""
-        runs = slot_runs(ids)
-        lost = self.agree([int(run.segment in opened.lost) for run in runs])
-        for run, is_lost in zip(runs, lost, strict=True):
-            if is_lost:
-                self.lose(run.segment)
-        return not any(lost)
-
-    def lose(self, segment_id: int) -> None:
-        """A segment is damaged: its tokens will be computed anew."""
-        logger.warning("krul: segment %d cannot be read; recomputing it", segment_id)
-        self.krul.store.mark_lost(segment_id)
-
-    def forget_lost(self, node_id: int) -> None:
-        """Let device-resident nodes of a path whose stored copy is lost be stored anew."""
-        # A node above may share the segment since a split: evicted with that copy it would
-        # be thrown away.
-        for node in self.path(node_id):
-            if not node.evicted and self._has_lost(node):
-                self.forget_stored(node)
-
-    def _miss(self, node_id: int, req: Any, tokens: int) -> None:
-        self.forget_lost(node_id)
-        if req is not None:
-            setattr(req, RECOMPUTED, getattr(req, RECOMPUTED, 0) + tokens)
-            setattr(req, MISSED, True)
-            self._note_lossy(req, req.last_node)

@@ -21,6 +21,7 @@ import torch
 from krul_sglang.restore.cost import Rate
 from krul_sglang.restore.planner import Plan
 from krul_sglang.restore.trace import LoadTrace, RestoreTrace, covered
+from krul_sglang.runtime import missing
 from krul_sglang.runtime.exact import RECOMPUTED
 from krul_sglang.runtime.marks import full_data
 from krul_sglang.runtime.planning import Plans
@@ -268,7 +269,7 @@ class Restores:
         for one, is_late in zip(pending, late, strict=True):
             lost = [run.segment for run in one.runs if next(rest)]
             for segment in dict.fromkeys(lost):
-                self._cache.lose(segment)
+                missing.lose(self._cache, segment)
             if lost or is_late:
                 failed.append(one)
         return failed
@@ -333,7 +334,7 @@ class Restores:
                 data = full_data(node)
                 if data.value is not None and data.lock_ref == 0:
                     cache._demote(node.id, defaultdict(int))
-            cache.forget_lost(one.nodes[-1].id)
+            missing.forget_lost(cache, one.nodes[-1].id)
 
     def abandon(self) -> None:
         """Give up every load; the tree is about to be cleared."""

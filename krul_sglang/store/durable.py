@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from krul_sglang.codec.base import Codec, CodecError, Payload, SegmentReader
 from krul_sglang.codec.frames import header_end
 from krul_sglang.store.disk.entry import EntryName
-from krul_sglang.store.disk.payload import DiskPayload
+from krul_sglang.store.disk.payload import DiskPayload, UnreadableError
 from krul_sglang.store.disk.tier import DiskTier, Outcome
 from krul_sglang.store.watch import StalledError, Watch
 
@@ -53,18 +53,25 @@ class FileSource:
         payload: DiskPayload,
         ends: Sequence[int],
         whole: Callable[[memoryview], None],
+        unreadable: Callable[[UnreadableError], None],
         watch: Watch,
     ) -> None:
         """ends: by layer, how many bytes are needed to read it. whole: given all of them when
-        they are to be kept. watch: told while the disk is asked."""
+        they are to be kept. unreadable: told when the device fails. watch: told while the disk
+        is asked."""
         self._payload, self._ends, self._whole, self._watch = payload, ends, whole, watch
+        self._unreadable = unreadable
 
     def fetch(self, layer: int) -> None:
         """See :class:`~krul_sglang.codec.base.Source`."""
         payload, upto = self._payload, self._ends[layer]
         if payload.fetched < upto:
-            with self._watch.around():
-                payload.fetch(max(upto, payload.fetched + AHEAD_BYTES))
+            try:
+                with self._watch.around():
+                    payload.fetch(max(upto, payload.fetched + AHEAD_BYTES))
+            except UnreadableError as error:
+                self._unreadable(error)
+                raise
 
     def keep(self) -> None:
         """See :class:`~krul_sglang.codec.base.Source`."""
@@ -82,7 +89,7 @@ class Durable:
         self.watch = Watch()
         self._store: MemoryStore
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        # Entries that could not be opened, as the disk did not answer, say: not to be set aside.
+        # Entries that could not be read, as the disk did not answer, say: not to be set aside.
         self._spared: set[EntryName] = set()
         self._unwritten = self._jobs = 0
         self._abandoned = False
@@ -216,17 +223,26 @@ class Durable:
             codec = codec_for(payload.entry.codec)
         except ValueError as error:
             raise CodecError(f"{name.file}: {error}") from error
-        payload.fetch(HEAD_BYTES if codec.in_order else payload.size)
-        payload.fetch(header_end(payload.view))
+        try:
+            payload.fetch(HEAD_BYTES if codec.in_order else payload.size)
+            payload.fetch(header_end(payload.view))
+        except UnreadableError as error:
+            self._unreadable(name, error)
+            raise
         reader = codec.open(payload.view)
         ends = list(accumulate(reader.layer_bytes()))
         reader.source = FileSource(
             payload,
             ends,
             lambda view: self._store.promote(segment_id, view, codec.name),
+            partial(self._unreadable, name),
             self.watch,
         )
         return reader
+
+    def _unreadable(self, name: EntryName, error: UnreadableError) -> None:
+        self._spared.add(name)
+        self.disk.unreadable(name, error)
 
     def holds(self, name: EntryName) -> bool:
         """Whether a file is there, as far as is known without looking."""

@@ -1,24 +1,22 @@
 """The memory tier: segments in host memory, encoded off the critical path.
 
 The scheduler hands over raw rows (:meth:`MemoryStore.stage`) and goes on;
-background workers encode them and swap the payloads in (the seal). Until then a
-segment is served from its raw rows. The tree decides what leaves: the store only
-drops a segment when the last token of it is released.
+background threads (:mod:`.encoder`) seal them. Until then a segment is served from
+its raw rows. The tree decides what leaves: the store only drops a segment when the
+last token of it is released.
 """
 
 from __future__ import annotations
 
-import logging
-import queue
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from krul_sglang.codec.base import Codec, CodecError, KVRun, KVSpec, Payload, SegmentReader
 from krul_sglang.similarity.record import record_of
+from krul_sglang.store.encoder import Encoder
 from krul_sglang.store.figures import Held, StoreStats
 from krul_sglang.store.heap import return_freed_memory
 from krul_sglang.store.ledger import Ledger
@@ -34,15 +32,13 @@ if TYPE_CHECKING:
     from krul_sglang.store.durable import Durable
     from krul_sglang.store.remote.tier import RemoteTier
 
-logger = logging.getLogger(__name__)
-
 # Share of the budget that raw rows may take while they wait to be encoded. Raw is
 # several times the sealed size, so staging may not crowd out what is stored.
 STAGING_SHARE = 4
 
 
 class MemoryStore:
-    """Segments by id, their bytes, and the workers that seal them. Thread-safe."""
+    """Segments by id and their bytes. Thread-safe."""
 
     def __init__(
         self,
@@ -68,22 +64,13 @@ class MemoryStore:
         self.stats = StoreStats()
         self._held = Held()
         self.lost_count = 0
-        self._warned: set[tuple[str, str]] = set()
         self._codec_for = codec_for
-        self._fallback = fallback
+        self._encoder = Encoder(self._seal, codec_for, fallback, workers)
         self._segments: dict[int, Segment] = {}
         self._next_id = 1
         # Segments whose bytes may go at any time, as the disk has them; least recently used first.
         self._demotable: OrderedDict[int, Segment] = OrderedDict()
         self._lock = threading.Lock()
-        self._drained = threading.Condition(self._lock)
-        self._staged_bytes = 0
-        self._queue: queue.SimpleQueue[Segment | None] = queue.SimpleQueue()
-        self._worker_count = workers
-        self._workers: list[threading.Thread] = []
-        self._closed = False
-        self._held_back = 0  # callers that hold the encoder back
-        self._awaited = 0  # callers that wait for the encoder
 
     # ---- writing ---------------------------------------------------------------
 
@@ -99,14 +86,7 @@ class MemoryStore:
 
     def wait_for_staging(self, nbytes: int, timeout: float) -> bool:
         """Wait until ``nbytes`` more raw bytes fit; False when ``timeout`` seconds pass."""
-        return self._wait_for_encoder(
-            lambda: (
-                self._closed
-                or self._staged_bytes == 0
-                or self._staged_bytes + nbytes <= self.staging_limit
-            ),
-            timeout,
-        )
+        return self._encoder.wait_for_room(nbytes, self.staging_limit, timeout)
 
     def stage(
         self, run: KVRun, strategy: Strategy, exact: bool, origin: Origin | None = None
@@ -114,11 +94,10 @@ class MemoryStore:
         """Take a raw run over (its tensors must not change any more) and queue its encoding.
 
         origin: whose tokens they are, for the tiers below; None keeps them off those. Returns the
-        segment
-        and its slot ids, int64 ``[tokens]``.
+        segment and its slot ids, int64 ``[tokens]``.
         """
         with self._lock:
-            if self._closed:
+            if self._encoder.closed:
                 raise RuntimeError("the store is closed")
             segment = Segment(
                 id=self._next_id,
@@ -134,69 +113,23 @@ class MemoryStore:
             self._next_id += 1
             self._segments[segment.id] = segment
             self._held.count(segment, 1)
-            self._staged_bytes += segment.raw_bytes
             self.ledger.add("staging", segment.staged_bytes)
             self.ledger.add("index", segment.index_bytes)
-            if len(self._workers) < self._worker_count:
-                worker = threading.Thread(target=self._seal_forever, name="krul-seal", daemon=True)
-                self._workers.append(worker)
-                worker.start()
-        self._queue.put(segment)
+            self._encoder.submit(segment)
         return segment, slot_ids(segment.id, segment.tokens)
-
-    def _seal_forever(self) -> None:
-        while (segment := self._queue.get()) is not None:
-            try:
-                self._seal(segment)
-            except Exception:
-                # The raw rows stay readable, so nothing is lost; the bytes stay
-                # in staging and the operator sees them there.
-                logger.exception("segment %d could not be encoded; kept raw", segment.id)
-                with self._lock:
-                    self._stop_waiting(segment)
-            del segment
-            if self._queue.empty():
-                return_freed_memory()
-
-    def _stop_waiting(self, segment: Segment) -> None:
-        """Under the lock: whatever became of the segment, it is waited for no longer."""
-        if segment.waiting:
-            segment.waiting = False
-            self._staged_bytes -= segment.raw_bytes
-            self._drained.notify_all()
 
     def _seal(self, segment: Segment) -> None:
         run, strategy = segment.run, segment.strategy
         if run is None or strategy is None:  # released or lost while it waited
             return
-        self._pace()
-        began = time.perf_counter()
-        name = strategy.codec
-        try:
-            payload = self._encoder(name).encode(run, strategy)
-        except Exception as error:
-            if name == self._fallback:
-                raise
-            first = (name, str(error)) not in self._warned
-            logger.log(
-                logging.WARNING if first else logging.DEBUG,
-                "codec %s cannot encode segment %d (%s); such segments are stored losslessly",
-                name,
-                segment.id,
-                error,
-            )
-            self._warned.add((name, str(error)))
-            with self._lock:
-                self.stats.fallbacks += 1
-            name = self._fallback
-            payload = self._encoder(name).encode(run, strategy)
-        attention = record_of(strategy, run.tokens)
-        seconds = time.perf_counter() - began
-        with self._drained:
-            self.stats.encode_seconds += seconds
+        encoded = self._encoder.encode(segment.id, run, strategy)
+        payload, attention = encoded.payload, record_of(strategy, run.tokens)
+        with self._lock:
+            self.stats.encode_seconds += encoded.seconds
             self.stats.encoded_segments += 1
             self.stats.encoded_raw_bytes += segment.raw_bytes
             self.stats.encoded_bytes += len(payload)
+            self.stats.fallbacks += encoded.fell_back
             if segment.run is None:  # released or lost meanwhile: already settled
                 return
             self._held.count(segment, -1)
@@ -204,12 +137,12 @@ class MemoryStore:
             self.ledger.add("index", attention.nbytes if attention is not None else 0)
             segment.payload = payload
             segment.sealed_bytes = len(payload)
-            segment.codec = name
+            segment.codec = encoded.codec
             segment.attention = attention
             segment.run = segment.strategy = None
             segment.state = SegmentState.SEALED
             self._held.count(segment, 1)
-            self._stop_waiting(segment)
+            self._encoder.settle(segment)
         self._hand_on(segment, payload)
 
     def _hand_on(self, segment: Segment, payload: Payload) -> None:
@@ -224,42 +157,13 @@ class MemoryStore:
         else:
             self.written(segment, None)
 
-    def _encoder(self, name: str) -> Codec:
-        codec = self._codec_for(name)
-        codec.pace = self._pace
-        return codec
-
     def wait_sealed(self, timeout: float) -> bool:
         """Wait until nothing waits to be encoded; False on timeout."""
-        return self._wait_for_encoder(lambda: self._staged_bytes == 0, timeout)
+        return self._encoder.wait_idle(timeout)
 
-    def _wait_for_encoder(self, ready: Callable[[], bool], timeout: float) -> bool:
-        with self._drained:
-            if ready():
-                return True
-            self._awaited += 1
-            self._drained.notify_all()
-            try:
-                return self._drained.wait_for(ready, timeout)
-            finally:
-                self._awaited -= 1
-
-    @contextmanager
-    def held_back(self) -> Iterator[None]:
-        """Encoding pauses inside, from the next layer on, for something more urgent. It goes on
-        all the same while anyone waits for it."""
-        with self._drained:
-            self._held_back += 1
-        try:
-            yield
-        finally:
-            with self._drained:
-                self._held_back -= 1
-                self._drained.notify_all()
-
-    def _pace(self) -> None:
-        with self._drained:
-            self._drained.wait_for(lambda: not self._held_back or self._awaited or self._closed)
+    def held_back(self) -> AbstractContextManager[None]:
+        """See :meth:`.Encoder.held_back`."""
+        return self._encoder.held_back()
 
     # ---- the disk behind -------------------------------------------------------
 
@@ -279,7 +183,7 @@ class MemoryStore:
 
     def written(self, segment: Segment, file: EntryName | None) -> None:
         """The disk has the segment under that name, or will not have it (None)."""
-        with self._drained:
+        with self._lock:
             if self._segments.get(segment.id) is not segment:  # let go of meanwhile
                 return
             self.ledger.add("index", -segment.origin_bytes)
@@ -287,7 +191,6 @@ class MemoryStore:
             if file is not None and segment.payload is not None:
                 segment.file = file
                 self._demotable[segment.id] = segment
-            self._drained.notify_all()
 
     def demote(self, nbytes: int) -> int:
         """Let go of sealed bytes that the disk has, least recently used first, until ``nbytes``
@@ -394,7 +297,7 @@ class MemoryStore:
 
     def _drop_bytes(self, segment: Segment) -> None:
         self.ledger.add("staging", -segment.staged_bytes)
-        self._stop_waiting(segment)
+        self._encoder.settle(segment)
         self.ledger.add("tier", -segment.resident_bytes)
         self._demotable.pop(segment.id, None)
         segment.run = segment.strategy = None
@@ -474,18 +377,9 @@ class MemoryStore:
         return_freed_memory()
 
     def close(self) -> None:
-        """Drop everything and stop the worker."""
+        """Drop everything and stop the encoder."""
         self.clear()
-        with self._drained:
-            if self._closed:
-                return
-            self._closed = True
-            self._drained.notify_all()
-        for _ in self._workers:
-            self._queue.put(None)
-        for worker in self._workers:
-            if worker is not threading.current_thread():
-                worker.join(timeout=10)
+        self._encoder.close()
         if self.disk is not None:
             self.disk.close()
         if self.remote is not None:

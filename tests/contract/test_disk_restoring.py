@@ -148,13 +148,17 @@ def test_a_layer_is_a_read(rig, calls) -> None:
 
 @pytest.mark.parametrize("error", [errno.EIO, None], ids=["EIO", "the file ends"])
 @pytest.mark.parametrize("layer", range(LAYERS))
-def test_row_12_a_read_that_fails_at_a_layer_is_a_recompute(rig, calls, layer, error) -> None:
-    calls.error = error
+def test_row_12_a_read_that_fails_at_a_layer_is_a_recompute(rig, calls, root, layer, error) -> None:
+    """And a file is set aside only for what is in it, not for a device that fails."""
+    calls.error, before = error, files(root)
     calls.arm(fail=OPENING + layer)
     req = returning(rig, 7, 8)
     failed = step(rig, [req])
     assert failed == [req]
     assert rig.krul.store.lost_count > 0
+    assert rig.krul.store.disk.wait_written(20)
+    unreadable = rig.krul.store.disk.disk.totals()["unreadable"]
+    assert (files(root) == before, unreadable) == ((False, 0) if error is None else (True, 1))
     calls.arm()
     again(rig, failed)
     assert rig.krul.counters.misses == 1

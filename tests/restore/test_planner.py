@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -184,6 +186,30 @@ def test_a_link_that_is_avoided_is_tried_again() -> None:
         rate.hope()
     for _ in range(3):
         rate.observe(10**6, 1e-9 * 10**6)
+    assert own.plan(one).load == one.end
+
+
+def test_a_link_that_stays_slow_is_tried_less_and_less() -> None:
+    own, truth = planner(link=1e-4, decode=1e-7), 1e-4
+    one, rate = turn(), own.load.links["memory"]
+    rate.observe(10**6, truth * 10**6)
+
+    def trials(plans: int) -> list[int]:
+        at = []
+        for number in range(plans):
+            if own.plan(one).load > one.device:
+                rate.observe(10**6, truth * 10**6)
+                at.append(number)
+            else:
+                rate.hope()
+        return at
+
+    tried = trials(2000)
+    gaps = [after - before for before, after in itertools.pairwise(tried)]
+    assert gaps == sorted(gaps), "the wait between two trials only grows"
+    assert gaps[-1] > 2 * gaps[0]
+    truth = 1e-9
+    assert len(trials(200)) > 0, "and it is still tried"
     assert own.plan(one).load == one.end
 
 

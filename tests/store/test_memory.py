@@ -221,7 +221,7 @@ def test_close_ends_the_workers_and_refuses_more(make_store, make_run, workers: 
     assert store.wait_sealed(20)
     for run, segment in zip(runs, segments, strict=True):
         assert torch.equal(read(store, segment), rows(run))
-    started = list(store._workers)
+    started = list(store._encoder._threads)
     assert len(started) == workers
     assert all(worker.is_alive() for worker in started)
     store.close()
@@ -298,4 +298,4 @@ def test_many_threads_and_the_encoder(make_store, make_run) -> None:
     assert_adds_up(store)
     store.clear()
     assert store.ledger.used == 0
-    assert store._staged_bytes == 0
+    assert store._encoder.waiting_bytes == 0

@@ -24,6 +24,10 @@ class ForeignEntryError(Exception):
     """A sound file, but of another namespace or conversation than was asked for: a miss."""
 
 
+class UnreadableError(CodecError):
+    """The device failed: of the bytes themselves nothing is known."""
+
+
 class DiskPayload:
     """A payload's bytes, in private memory. Thread-safe.
 
@@ -94,7 +98,8 @@ class DiskPayload:
     def fetch(self, upto: int) -> None:
         """Read on until the payload's first ``upto`` bytes are in :attr:`view`.
 
-        Raises :class:`CodecError` where the file turns out short or the device fails.
+        Raises :class:`CodecError` where the file turns out short, and of it
+        :class:`UnreadableError` where the device fails.
         """
         with self._lock:
             upto = min(upto, self.size)
@@ -107,7 +112,7 @@ class DiskPayload:
                 part = buffer[self.fetched : upto]
                 _read(self._calls, self._fd, part, self._offset + self.fetched)
             except OSError as error:
-                raise CodecError(f"reading failed: {error}") from error
+                raise UnreadableError(f"reading failed: {error}") from error
             self.fetched = upto
 
     def check(self) -> None:

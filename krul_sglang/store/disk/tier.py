@@ -249,9 +249,13 @@ class DiskTier:
         elif isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENXIO):
             self.quarantine(name, "not a regular file")
         else:
-            self._count("unreadable")
-            self._catalog.log_once(name, f"cannot be read: {error}")
-            self._catalog.drop(name)
+            self.unreadable(name, error)
+
+    def unreadable(self, name: EntryName, error: Exception) -> None:
+        """The device failed at an entry, which stays where it is: a miss of this process's."""
+        self._count("unreadable")
+        self._catalog.log_once(name, f"cannot be read: {error}")
+        self._catalog.drop(name)
 
     def _count(self, counter: str, by: int = 1) -> None:
         with self._idle:

@@ -23,6 +23,8 @@ import socket
 import sys
 from typing import Any
 
+import setproctitle
+
 MODULES = (
     "sglang.srt.entrypoints.http_server",
     "sglang.srt.managers.scheduler",
@@ -75,6 +77,7 @@ def main() -> None:
     for name in MODULES:
         importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would be lost in a fork"
+    setproctitle.getproctitle()  # finds where titles go while the environment is as it was
     gc.collect()
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -51,6 +51,7 @@ def adopt(cache: KrulRadixCache, req: Any, key: Any, node_id: int, matched: int)
     stop = path[-1].stop if path else 0
     stop = -cache.agree([-stop])[0] // cache.page_size * cache.page_size
     if stop <= matched:
+        durable.look_around()
         return False
     graft(cache, key, node_id, matched, stop, path)
     cache.krul.counters.adopted_tokens += stop - matched

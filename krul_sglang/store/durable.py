@@ -21,7 +21,7 @@ from krul_sglang.codec.base import Codec, CodecError, Payload, SegmentReader
 from krul_sglang.codec.frames import header_end
 from krul_sglang.store.disk.entry import EntryName
 from krul_sglang.store.disk.payload import DiskPayload, UnreadableError
-from krul_sglang.store.disk.tier import DiskTier, Outcome
+from krul_sglang.store.disk.tier import REFRESH_SECONDS, DiskTier, Outcome
 from krul_sglang.store.watch import StalledError, Watch
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Durable:
         self._abandoned = False
         self._idle = threading.Condition()
         self._writer: threading.Thread | None = None
-        self._warned = -WARN_SECONDS
+        self._warned = self._looked = -WARN_SECONDS
 
     def serve(self, store: MemoryStore) -> None:
         """The memory tier in front; to be called once, before anything else."""
@@ -243,6 +243,14 @@ class Durable:
     def _unreadable(self, name: EntryName, error: UnreadableError) -> None:
         self._spared.add(name)
         self.disk.unreadable(name, error)
+
+    def look_around(self) -> None:
+        """Something was not found: learn in the background what others stored, so that the next
+        request finds it. Once a second at most."""
+        now = time.monotonic()
+        if now - self._looked >= REFRESH_SECONDS and not self._abandoned:
+            self._looked = now
+            self._later(partial(self.disk.refresh, REFRESH_SECONDS))
 
     def holds(self, name: EntryName) -> bool:
         """Whether a file is there, as far as is known without looking."""

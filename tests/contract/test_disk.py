@@ -8,6 +8,7 @@ from tree_rig import Rig
 
 from krul_sglang.runtime import epoch, marks
 from krul_sglang.runtime.marks import full_data
+from krul_sglang.store import durable
 from krul_sglang.strategy.base import Strategy
 
 HISTORY = list(range(1000, 1090))
@@ -212,6 +213,18 @@ def test_another_namespace_is_a_miss(make_rig, root, key) -> None:
     rig = make_rig(disk=root)
     assert rig.match(rig.request([*HISTORY, 7], **key)) == 0
     assert rig.match(rig.request([*HISTORY, 7])) == len(HISTORY)
+
+
+def test_what_another_server_stores_is_found_soon(make_rig, root, monkeypatch) -> None:
+    """By one that itself writes nothing: a request that finds nothing makes it look around."""
+    monkeypatch.setattr(durable, "REFRESH_SECONDS", 0.0)
+    reader, writer = make_rig(disk=root), make_rig(disk=root)
+    stored(writer)
+    stored(writer, range(2000, 2050))
+    assert comes_back(reader, range(4000, 4010)) == 0
+    assert reader.krul.store.disk.wait_written(20)
+    assert comes_back(reader) == len(HISTORY)
+    assert comes_back(reader, range(2000, 2050)) == 50
 
 
 def test_a_flush_leaves_the_disk(make_rig, root) -> None:

@@ -40,10 +40,11 @@ def query(position: int, layer: int) -> torch.Tensor:
 def tapped_rig(make_rig, page_size: int = 1) -> tuple[Rig, Spy]:
     rig = make_rig(page_size, lossy=ROUNDING, turn_ends=[END])
     spy = Spy(rig.krul.pool.spec)
-    rig.krul.store._codec_for = {
+    codec_for = {
         "rounding": spy,
         "lossless": rig.krul.store._codec_for("lossless"),
     }.__getitem__
+    rig.krul.store._codec_for = rig.krul.store._encoder._codec_for = codec_for
     slots = len(rig.req_to_token_pool.req_to_token)
     rig.krul.taps = Taps(LAYERS, QUERY_HEADS, DIM, torch.float32, torch.device("cpu"), slots, 2)
     return rig, spy

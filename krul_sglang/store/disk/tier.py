@@ -380,10 +380,11 @@ class DiskTier:
             self._health.failed(error)
             return False
 
-    def refresh(self) -> None:
-        """Learn what other processes stored and removed."""
+    def refresh(self, max_age: float = 0.0) -> None:
+        """Learn what other processes stored and removed, unless that was done ``max_age`` seconds
+        ago or less."""
         try:
-            self._catalog.refresh()
+            self._catalog.refresh(max_age)
         except OSError as error:
             self._health.failed(error)
 

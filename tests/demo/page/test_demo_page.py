@@ -41,7 +41,6 @@ def test_a_conversation_is_evicted_and_comes_back(demo, open_page) -> None:
         for one in page.locator("#turn [data-time]").all()
     }
     assert all(re.fullmatch(r"[0-9.]+ s", text) for text in times.values()), times
-    assert float(times["ttft"].split()[0]) < float(times["recompute"].split()[0])
     # Panels.
     text = page.locator("#turn").inner_text()
     assert re.search(r"[0-9.]+ MB of [0-9.]+ MB raw, [0-9.]+ times smaller", text)

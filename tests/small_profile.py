@@ -38,10 +38,10 @@ def _layers(tokens: int, seed: int) -> torch.Tensor:
 def make_profile() -> Profile:
     gen = torch.Generator().manual_seed(2)
     weight = torch.rand(WIDTH, generator=gen) + 0.1
-    samples = [
-        Samples(_layers(400, seed), torch.randn(1, LAYERS, 400, WIDTH, generator=gen) * weight, 16)
-        for seed in (3, 4)
-    ]
+    samples = []
+    for seed in (3, 4):
+        g = torch.randn(1, LAYERS, 400, WIDTH, generator=gen) * weight
+        samples.append(Samples(_layers(400, seed), g, g / 2, 16))
     maps, _ = fit(samples, 0.1, ROUNDING)
     draft = Profile(HEADS, DIM, DIM, ROPE, maps, ())
     codec = PredictiveCodec(spec_of("float32"), draft)

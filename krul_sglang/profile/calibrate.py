@@ -1,8 +1,9 @@
 """Calibration: from a model's directory to its profile.
 
 Three passes over some twenty sequences of 900 tokens: sampled KV and gradients of what
-the model itself expects next, the fit, and the measured divergence of the finished
-codec on sequences that the fit did not see, which maps a quality budget to a step.
+the model itself expects next, and of their being quoted; the fit; and the measured
+divergence of the finished codec on sequences that the fit did not see, which maps a quality
+budget to a step.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from krul_sglang.profile.base import Profile, ProfileError
 from krul_sglang.profile.conversations import chat_ids, generate_conversations, technical_texts
 from krul_sglang.profile.file import fingerprint, save_profile
 from krul_sglang.profile.fit import Samples, fit
-from krul_sglang.profile.importance import kv_gradients
+from krul_sglang.profile.importance import kv_gradients, quotations
 from krul_sglang.profile.rope import Rope, rope_of
 from krul_sglang.quality.forward import (
     attention_rows,
@@ -39,7 +40,8 @@ from krul_sglang.strategy.base import SINKS, Strategy
 HISTORY = 800
 CONTINUATION = 100
 FITTED = 18
-DRAWS = 2
+DRAWS = 1
+"""Of gradients from each sequence, of its going on and of its being quoted; two gain nothing."""
 CUTS = (350, 500, 650, HISTORY)
 """Where a held-out sequence is continued from what was restored. Divergence hardly depends on
 how much that is, but it falls with the distance from it: so many short continuations."""
@@ -186,14 +188,17 @@ def _sample(
 
     # The gradient of a rotated vector rotates back with it; a scale would multiply it.
     plain = Rope(rope.inv_freq, 1.0)
-    draws = []
-    for _ in range(DRAWS):
-        gk, gv = kv_gradients(model, k, v, ids[HISTORY:], generator)
-        draws.append(join(gk * rope.scale, gv, plain.undo).bfloat16())
+
+    def draw(following: Sequence[int]) -> torch.Tensor:
+        gk, gv = kv_gradients(model, k, v, following, generator)
+        return join(gk * rope.scale, gv, plain.undo).bfloat16()
+
+    going_on = [draw(ids[HISTORY:]) for _ in range(DRAWS)]
+    quoted = [draw(quotations(ids[SINKS:HISTORY], generator)) for _ in range(DRAWS)]
     keys = _heads(k, rank, size)[0, 0].numel()
     codes = _attention(model, ids[:HISTORY], k, v, rank, size)
     levels = None if codes is None else levels_of(codes)[:, SINKS:]
-    return Samples(join(k, v, rope.undo), torch.stack(draws), keys, levels)
+    return Samples(join(k, v, rope.undo), torch.stack(going_on), torch.stack(quoted), keys, levels)
 
 
 def _attention(

@@ -18,6 +18,10 @@ from krul_sglang.profile.base import LayerMaps
 
 SHRINK = 1.0
 """Weight of the isotropic part of a metric, against its sampled mean eigenvalue."""
+QUOTING = 4.0
+"""What the divergence of a quotation counts against that of text that goes on. At equal bytes, 1,
+4 and 16 leave X, X and X of the divergence of a question about something long ago, and cost X, X
+and X of that of text that goes on (docs/quality.md)."""
 RIDGE = 3e-3
 NOISE = 0.2
 """Error of the layer below that every direction must bear, in steps."""
@@ -30,26 +34,35 @@ FINEST = 0.28
 @dataclass(frozen=True)
 class Samples:
     """x: ``[layers, tokens, dim]`` pre-RoPE K beside V; g: gradients ``[draws, layers,
-    tokens, dim]`` in the same coordinates; keys: how many of ``dim`` are K; levels:
-    ``[layers, tokens]`` attention levels, None where the model does not report attention."""
+    tokens, dim]`` in the same coordinates, of the text going on; quoted: of its being quoted;
+    keys: how many of ``dim`` are K; levels: ``[layers, tokens]`` attention levels, None where
+    the model does not report attention."""
 
     x: torch.Tensor
     g: torch.Tensor
+    quoted: torch.Tensor
     keys: int
     levels: torch.Tensor | None = None
 
 
 def metrics(samples: Sequence[Samples], layer: int) -> torch.Tensor:
-    """Importance ``[dim, dim]`` float64 of one layer, K and V apart; units nats a token."""
-    dim, keys = samples[0].x.shape[-1], samples[0].keys
+    """Importance ``[dim, dim]`` float64 of one layer, K and V apart; units nats a token: the
+    mean of what it is to the text going on and :data:`QUOTING` times what it is to its being
+    quoted."""
+    going_on = _fisher([sample.g[:, layer] for sample in samples], samples[0].keys)
+    quoted = _fisher([sample.quoted[:, layer] for sample in samples], samples[0].keys)
+    return (going_on + QUOTING * quoted) / 2
+
+
+def _fisher(gradients: Sequence[torch.Tensor], keys: int) -> torch.Tensor:
+    """Covariance ``[dim, dim]`` float64 of gradients ``[draws, tokens, dim]``, K and V apart."""
+    dim = gradients[0].shape[-1]
     out = torch.zeros(dim, dim, dtype=torch.float64)
-    count = 0
-    for sample in samples:
-        g = sample.g[:, layer].reshape(-1, dim).float()
-        count += g.shape[0]
+    for own in gradients:
+        g = own.reshape(-1, dim).float()
         for part in (slice(0, keys), slice(keys, dim)):
             out[part, part] += (g[:, part].T @ g[:, part]).double()
-    return out / count
+    return out / sum(own[..., 0].numel() for own in gradients)
 
 
 def _root(metric: torch.Tensor, keys: int) -> tuple[torch.Tensor, torch.Tensor]:

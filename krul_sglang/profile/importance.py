@@ -5,6 +5,9 @@ where F is the Fisher information: the covariance of the gradient of the log-lik
 of tokens drawn from the model's own distribution. One backward pass of a continuation
 over leaf K and V gives every layer's block of F at once, query energy, output projection
 and layer sensitivity included, whatever the architecture.
+
+A text that goes on hardly looks at what was said long ago, so its gradients know little of
+the layers that find it again. A continuation of quotations (:func:`quotations`) needs them.
 """
 
 from __future__ import annotations
@@ -15,6 +18,16 @@ from typing import Any
 import torch
 
 from krul_sglang.quality.forward import continuation_logits
+
+QUOTATIONS, QUOTED = 8, 12
+"""How many, and how many tokens each: the first few say what is quoted, the rest follow from it."""
+
+
+def quotations(ids: Sequence[int], generator: torch.Generator) -> list[int]:
+    """Passages from anywhere in ``ids``, end to end: a continuation that comes back to them."""
+    last = max(1, len(ids) - QUOTED + 1)
+    places = torch.randint(0, last, (QUOTATIONS,), generator=generator).tolist()
+    return [token for place in places for token in ids[place : place + QUOTED]]
 
 
 def kv_gradients(

@@ -48,7 +48,8 @@ def profile_of(shape: tuple[int, ...]) -> Profile:
     gen = torch.Generator().manual_seed(2)
     x = layers_of(shape, 300, 3)
     weights = torch.rand(x.shape[2], generator=gen) + 0.1
-    samples = [Samples(x, torch.randn(1, *x.shape, generator=gen) * weights, 16)]
+    g = torch.randn(1, *x.shape, generator=gen) * weights
+    samples = [Samples(x, g, g / 2, 16)]
     rope = Rope(10000.0 ** (-torch.arange(0, k_dim, 2, dtype=torch.float32) / k_dim))
     maps, _ = fit(samples, STEP, ROUNDING)
     return Profile(heads, k_dim, v_dim, rope, maps, ())

@@ -19,9 +19,9 @@ from krul_sglang.profile.base import LayerMaps
 SHRINK = 1.0
 """Weight of the isotropic part of a metric, against its sampled mean eigenvalue."""
 QUOTING = 4.0
-"""What the divergence of a quotation counts against that of text that goes on. At equal bytes, 1,
-4 and 16 leave X, X and X of the divergence of a question about something long ago, and cost X, X
-and X of that of text that goes on (docs/quality.md)."""
+"""What the divergence of a quotation counts against that of text that goes on. At equal bytes,
+1 and 4 leave 0.55 and 0.42 of the divergence of questions about something long ago and cost 1.03
+and 1.19 times that of text that goes on (16 conversations, 12 texts); 16 is no better than 4."""
 RIDGE = 3e-3
 NOISE = 0.2
 """Error of the layer below that every direction must bear, in steps."""

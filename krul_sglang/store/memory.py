@@ -379,6 +379,8 @@ class MemoryStore:
     def close(self) -> None:
         """Drop everything and stop the encoder."""
         self.clear()
+        if self._encoder.closed:
+            return
         self._encoder.close()
         if self.disk is not None:
             self.disk.close()

@@ -69,7 +69,7 @@ def chat_profile(chat_model: Path) -> Path:
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote | None]:
     """What forks servers; None where each is to start anew."""
-    if has_gpu() or os.environ.get("KRUL_TEST_COLD_START"):
+    if has_gpu() or os.environ.get("TEST_COLD_START"):
         yield None
         return
     zygote = Zygote()

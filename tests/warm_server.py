@@ -2,7 +2,7 @@
 
 Two thirds of a start are the imports of three processes. What is left out is only those: the same
 command line is parsed by the same main module, the plugin is loaded as ever, and SGLang starts
-its processes itself. ``KRUL_TEST_COLD_START=1`` starts every server anew.
+its processes itself. ``TEST_COLD_START=1`` starts every server anew.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -24,10 +25,16 @@ class ServerFailedError(RuntimeError):
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port on the loopback that was free a moment ago.
+
+    Not one of those the system hands out by itself (from 32768 on): between the choice and the
+    server's own bind its ranks open sockets of that range, and have taken the port chosen.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free TCP port on the loopback in 100 tries between 20000 and 32000")
 
 
 def has_gpu() -> bool:

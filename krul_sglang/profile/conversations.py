@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from krul_sglang.quality.forward import check_known
+from krul_sglang.quality.forward import check_known, draw
 
 OPENINGS: tuple[tuple[str, ...], ...] = (
     ("Explain how a bicycle stays upright.", "What changes at very low speed?"),
@@ -81,8 +81,6 @@ OPENINGS: tuple[tuple[str, ...], ...] = (
     ("Write a dialogue on whether machines can think.", "Let the sceptic win."),
     ("List the planets with their sizes in a table.", "Add the number of moons."),
 )
-BATCH = 32
-"""Conversations that are generated together."""
 
 
 def technical_texts(count: int, chars: int = 8000) -> list[str]:
@@ -119,25 +117,25 @@ def generate_conversations(
 
     answer_tokens: longest answer. on_step: called with the fraction done. One answer
     a conversation: a decoding step's time grows with what is cached, and the end of one
-    conversation is followed by the next one anyway.
+    conversation is followed by the next one anyway. All are generated together: what a step
+    reads of the weights is then read for all of them.
     """
-    chats: list[list[dict[str, str]]] = []
-    for first in range(0, count, BATCH):
-        openings = [OPENINGS[i % len(OPENINGS)] for i in range(first, min(count, first + BATCH))]
-        asked = [[{"role": "user", "content": question}] for question, _ in openings]
-        rows = [chat_ids(tokenizer, chat, answer=True) for chat in asked]
-        answers = _sample(model, tokenizer, rows, answer_tokens, seed=first)
-        for chat, answer, (_, following) in zip(asked, answers, openings, strict=True):
-            chat.append({"role": "assistant", "content": answer})
-            chat.append({"role": "user", "content": following})
-        chats += asked
-        if on_step:
-            on_step(len(chats) / count)
+    openings = [OPENINGS[i % len(OPENINGS)] for i in range(count)]
+    chats = [[{"role": "user", "content": question}] for question, _ in openings]
+    rows = [chat_ids(tokenizer, chat, answer=True) for chat in chats]
+    answers = _sample(model, tokenizer, rows, answer_tokens, on_step or (lambda done: None))
+    for chat, answer, (_, following) in zip(chats, answers, openings, strict=True):
+        chat.append({"role": "assistant", "content": answer})
+        chat.append({"role": "user", "content": following})
     return chats
 
 
 def _sample(
-    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], limit: int, seed: int
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    limit: int,
+    on_step: Callable[[float], None],
 ) -> list[str]:
     """One sampled continuation per row, all rows in one left-padded batch.
 
@@ -152,15 +150,19 @@ def _sample(
         check_known(model, [*row, pad])
         ids[i, width - len(row) :] = torch.tensor(list(row))
         mask[i, width - len(row) :] = 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            max_new_tokens=limit,
-            pad_token_id=pad,
-        )
+    generator = torch.Generator().manual_seed(0)
+
+    def only_drawn(so_far: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        on_step((so_far.shape[1] - width + 1) / limit)
+        chosen = torch.full_like(logits, -torch.inf)
+        return chosen.scatter_(1, draw(logits, generator), 0.0)
+
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        logits_processor=[only_drawn],
+        max_new_tokens=limit,
+        pad_token_id=pad,
+    )
     return [tokenizer.decode(row[width:], skip_special_tokens=True) for row in out]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from krul_sglang.quality.forward import continuation_logits
+from krul_sglang.quality.forward import continuation_logits, draw
 
 QUOTATIONS, QUOTED = 8, 12
 """How many, and how many tokens each: the first few say what is quoted, the rest follow from it."""
@@ -40,7 +40,7 @@ def kv_gradients(
     v = v.detach().float().requires_grad_(True)
     with torch.enable_grad():
         logp = continuation_logits(model, k, v, ids).log_softmax(-1)
-        drawn = torch.multinomial(logp.detach().exp(), 1, generator=generator)
+        drawn = draw(logp.detach(), generator)
         # The draws of different positions are independent, so the cross terms of
         # the summed gradient vanish in the mean and one pass serves all positions.
         logp.gather(1, drawn).sum().backward()

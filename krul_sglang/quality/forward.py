@@ -94,11 +94,22 @@ def cache_of(k: torch.Tensor, v: torch.Tensor) -> Any:
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    for layer in range(k.shape[0] if k.shape[1] else 0):
-        cache.update(
-            k[layer].transpose(0, 1)[None].float(), v[layer].transpose(0, 1)[None].float(), layer
-        )
+    # Unbound, not indexed: an index's gradient is as large as all layers together.
+    layers = zip(k.unbind(), v.unbind(), strict=True) if k.shape[1] else ()
+    for layer, own in enumerate(layers):
+        cache.update(*(x.transpose(0, 1)[None].float() for x in own), layer)
     return cache
+
+
+def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One index a row of ``[n, vocab]``, int64 ``[n, 1]``, from the softmax's distribution.
+
+    By its cumulative sum: `torch.multinomial` draws a number for every token of the vocabulary,
+    which takes a seventh of a decoding step.
+    """
+    below = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    wanted = torch.rand(len(below), 1, dtype=torch.float64, generator=generator) * below[:, -1:]
+    return torch.searchsorted(below, wanted, right=True).clamp_max(below.shape[1] - 1)
 
 
 @torch.no_grad()

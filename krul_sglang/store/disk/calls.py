@@ -19,9 +19,14 @@ class Calls:
 
     def open_root(self, path: str, create: bool) -> int:
         """The root itself may be a link: the operator named it."""
-        if create:
-            os.makedirs(path, 0o700, exist_ok=True)
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        try:
+            return os.open(path, flags)
+        except FileNotFoundError:
+            if not create:
+                raise
+        os.makedirs(path, 0o700, exist_ok=True)
+        return os.open(path, flags)
 
     def open_directory(self, name: str, parent: int) -> int:
         return os.open(name, os.O_RDONLY | os.O_DIRECTORY | _CLOEXEC, dir_fd=parent)
@@ -45,6 +50,9 @@ class Calls:
 
     def write(self, fd: int, parts: Sequence[memoryview]) -> int:
         return os.writev(fd, parts)
+
+    def seek(self, fd: int, offset: int) -> None:
+        os.lseek(fd, offset, os.SEEK_SET)
 
     def read(self, fd: int, into: memoryview, offset: int) -> int:
         return os.preadv(fd, [into], offset)

@@ -16,7 +16,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 from krul_sglang.codec.base import Payload
@@ -150,10 +150,17 @@ class Directory:
     # ---- changing --------------------------------------------------------------
 
     def write(
-        self, name: EntryName, parts: Sequence[Payload], owner: str, number: int, ns: int
+        self,
+        name: EntryName,
+        head: Callable[[], bytes],
+        payload: Payload,
+        owner: str,
+        number: int,
+        ns: int,
     ) -> None:
-        """Put a file of ``parts`` in place, used last at ``ns``. A file of that name is replaced.
+        """Put a file in place, used last at ``ns``. A file of that name is replaced.
 
+        ``head`` is asked for when the payload has been written: it carries the payload's checksum.
         ``owner`` is the lease that says the writer lives, ``number`` tells its files apart.
         Leaves no temporary file behind when it fails.
         """
@@ -162,7 +169,10 @@ class Directory:
             fd = self.calls.create(draft, directory)
             try:
                 try:
-                    self._write_all(fd, parts)
+                    self.calls.seek(fd, name.size - len(payload))
+                    self._write_all(fd, payload)
+                    self.calls.seek(fd, 0)
+                    self._write_all(fd, head())
                     self.calls.set_time(fd, ns)
                     if self._durable:
                         self.calls.sync(fd)
@@ -176,16 +186,13 @@ class Directory:
             if self._durable:
                 self.calls.sync(directory)
 
-    def _write_all(self, fd: int, parts: Sequence[Payload]) -> None:
-        left = [memoryview(part) for part in parts if part]
+    def _write_all(self, fd: int, part: Payload) -> None:
+        left = memoryview(part)
         while left:
-            written = self.calls.write(fd, left)
+            written = self.calls.write(fd, [left])
             if written <= 0:
                 raise OSError(errno.EIO, "nothing was written")
-            while left and written >= len(left[0]):
-                written -= len(left.pop(0))
-            if left:
-                left[0] = left[0][written:]
+            left = left[written:]
 
     def open_entry(self, name: EntryName) -> int:
         """A descriptor of the file, which the caller closes."""

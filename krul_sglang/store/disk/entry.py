@@ -137,8 +137,10 @@ class Entry:
         codec: str,
         exact_tokens: int,
         raw_bytes: int,
+        payload_crc: int | None = None,
     ) -> Entry:
-        """The entry of ``payload``. Raises ValueError for figures that cannot be."""
+        """The entry of ``payload``, whose checksum is taken here where it is not given. Raises
+        ValueError for figures that cannot be."""
         return cls(
             fingerprint,
             namespace,
@@ -148,7 +150,7 @@ class Entry:
             codec,
             raw_bytes,
             len(payload),
-            crc32(payload),
+            crc32(payload) if payload_crc is None else payload_crc,
         )
 
     @property

@@ -45,6 +45,7 @@ _SCHEMA: dict[str, tuple[type, ...]] = {
     "payload_bytes": (int,),
     "payload_crc": (int,),
 }
+_CRC_BYTES = 4
 
 
 class FutureVersionError(CodecError):
@@ -52,7 +53,10 @@ class FutureVersionError(CodecError):
 
 
 def pack_head(entry: Entry) -> bytes:
-    """What precedes the payload. Raises ValueError where the namespace is absurdly long."""
+    """What precedes the payload. Raises ValueError where the namespace is absurdly long.
+
+    Its length does not depend on the payload's checksum, see :func:`with_checksum`.
+    """
     narrow = entry.ids.astype("<i4")
     ids = narrow if np.array_equal(narrow, entry.ids) else entry.ids.astype("<i8")
     compressor = zstandard.ZstdCompressor(level=3, write_checksum=True, write_content_size=True)
@@ -68,15 +72,20 @@ def pack_head(entry: Entry) -> bytes:
         "id_bytes": ids.itemsize,
         "ids": compressor.compress(ids.tobytes()),
         "payload_bytes": entry.payload_bytes,
-        "payload_crc": entry.payload_crc,
+        "payload_crc": (1 << 32) - 1,  # last, and four bytes wide whatever it is
     }
     for text in (*entry.namespace, entry.codec):
         if text is not None and len(text) > MAX_TEXT // 4:
             raise ValueError(f"a namespace or codec name of {len(text)} characters")
     header = msgpack.packb(fields, use_bin_type=True, unicode_errors="surrogatepass")
-    prefix = PREFIX.pack(MAGIC, VERSION, len(header), 0)[:_COVERED]
-    crc = crc32(header, crc32(prefix))
-    return prefix + crc.to_bytes(4, "little") + header
+    return with_checksum(PREFIX.pack(MAGIC, VERSION, len(header), 0) + header, entry.payload_crc)
+
+
+def with_checksum(head: bytes, payload_crc: int) -> bytes:
+    """The same head for a payload of that CRC-32."""
+    header = head[PREFIX.size : -_CRC_BYTES] + payload_crc.to_bytes(_CRC_BYTES, "big")
+    prefix = head[:_COVERED]
+    return prefix + crc32(header, crc32(prefix)).to_bytes(4, "little") + header
 
 
 def read_head(read: Callable[[int, int], bytes], size: int) -> tuple[Entry, int]:

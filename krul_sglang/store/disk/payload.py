@@ -5,8 +5,7 @@ from __future__ import annotations
 import stat
 import threading
 import weakref
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from zlib_ng.zlib_ng import crc32
@@ -18,6 +17,8 @@ from krul_sglang.store.disk.header import name_of, read_head
 
 READ_BYTES = 8 << 20
 """Most bytes asked of the system at once."""
+HEAD_BYTES = 8192
+"""Read of a file first: the whole head of a conversation of up to some 3,000 tokens."""
 
 
 class ForeignEntryError(Exception):
@@ -51,7 +52,7 @@ class DiskPayload:
             status = calls.stat_open(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_size != name.size:
                 raise CodecError(f"a file of {status.st_size} bytes, named as {name.size}")
-            self.entry, self._offset = read_head(partial(_bytes, calls, fd), name.size)
+            self.entry, self._offset = read_head(_reader(calls, fd, name.size), name.size)
             self._check_name()
             self.size = self.entry.payload_bytes
             # Not cleared: that takes half as long as reading it from the page cache.
@@ -140,7 +141,20 @@ class DiskPayload:
 def namespace_of(fd: int, calls: Calls) -> Namespace:
     """Whose KV an open file holds. Raises :class:`CodecError` where its header is damaged or of
     a later format, OSError where the device fails."""
-    return read_head(partial(_bytes, calls, fd), calls.stat_open(fd).st_size)[0].namespace
+    size = calls.stat_open(fd).st_size
+    return read_head(_reader(calls, fd, size), size)[0].namespace
+
+
+def _reader(calls: Calls, fd: int, size: int) -> Callable[[int, int], bytes]:
+    """Bytes of an open file of ``size``; of its beginning, after one read for all of it."""
+    beginning = _bytes(calls, fd, 0, min(size, HEAD_BYTES))
+
+    def read(offset: int, length: int) -> bytes:
+        if offset + length <= len(beginning):
+            return beginning[offset : offset + length]
+        return _bytes(calls, fd, offset, length)
+
+    return read
 
 
 def _bytes(calls: Calls, fd: int, offset: int, length: int) -> bytes:

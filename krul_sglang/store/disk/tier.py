@@ -13,17 +13,20 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import Enum
+from functools import partial
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from krul_sglang.codec.base import CodecError, Payload
 from krul_sglang.store.disk.calls import Calls
 from krul_sglang.store.disk.catalog import Catalog, remove_abandoned
 from krul_sglang.store.disk.directory import Directory
 from krul_sglang.store.disk.entry import Entry, EntryName, Namespace
-from krul_sglang.store.disk.header import FutureVersionError, name_of, pack_head
+from krul_sglang.store.disk.header import FutureVersionError, name_of, pack_head, with_checksum
 from krul_sglang.store.disk.health import Health
 from krul_sglang.store.disk.index import ENTRY_BYTES
 from krul_sglang.store.disk.lease import Lease
@@ -33,6 +36,9 @@ from krul_sglang.store.disk.payload import DiskPayload, ForeignEntryError
 REFRESH_SECONDS = 1.0
 """How old what we know of other processes' files may be when room is made."""
 CLOSE_SECONDS = 10.0
+SUMMED_BESIDE = 1 << 20
+"""Bytes from which on a payload's checksum is taken by another thread while it is written: of
+16 MiB it takes a third of the time that the page cache does, a thread 0.05 ms."""
 
 
 class Outcome(Enum):
@@ -108,6 +114,7 @@ class DiskTier:
         self._idle = threading.Condition()
         self._publishing = 0
         self._drafts = 0
+        self._summing = ThreadPoolExecutor(1, "krul-checksum")
         self._closed = False
         self._directory.calls.close(self._directory.calls.open_root(self._directory.root, True))
         try:
@@ -284,6 +291,7 @@ class DiskTier:
         exact_tokens: how many leading tokens of the run are bit-exact. raw_bytes: of the KV.
         Raises ValueError for figures that cannot be, and nothing for what the disk does.
         """
+        # The checksum is taken while the payload is written, and where it is at all.
         entry = Entry.of(
             self.fingerprint,
             namespace,
@@ -293,6 +301,7 @@ class DiskTier:
             codec=codec,
             exact_tokens=exact_tokens,
             raw_bytes=raw_bytes,
+            payload_crc=0,
         )
         head = pack_head(entry)
         name = name_of(entry, len(head))
@@ -301,7 +310,7 @@ class DiskTier:
                 return Publication(Outcome.DEGRADED, reason="the tier is closed")
             self._publishing += 1
         try:
-            done = self._publish(name, [head, payload])
+            done = self._publish(name, head, payload)
         except OSError as error:
             self._health.failed(error)
             done = Publication(Outcome.FAILED, reason=error.strerror or str(error))
@@ -312,7 +321,7 @@ class DiskTier:
         self._count(done.outcome.name.lower())
         return done
 
-    def _publish(self, name: EntryName, parts: list[Payload]) -> Publication:
+    def _publish(self, name: EntryName, head: bytes, payload: Payload) -> Publication:
         present = self._present(name)
         if present is not None:
             self._catalog.use(present)
@@ -324,7 +333,7 @@ class DiskTier:
             reason = f"{name.footprint} bytes do not fit in {self._catalog.limit}"
             return Publication(Outcome.NO_ROOM, reason=reason)
         try:
-            self._write(name, parts)
+            self._write(name, head, payload)
         finally:
             self._catalog.release(name)
         self._health.succeeded()
@@ -339,14 +348,22 @@ class DiskTier:
                 return other
         return None
 
-    def _write(self, name: EntryName, parts: list[Payload]) -> None:
+    def _write(self, name: EntryName, head: bytes, payload: Payload) -> None:
+        checksum = self._checksum(payload)
         for retry in (True, False):
             with self._idle:
                 self._drafts += 1
                 draft = self._drafts
             ns = self._catalog.tick()
             try:
-                self._directory.write(name, parts, self._leased(), draft, ns)
+                self._directory.write(
+                    name,
+                    lambda: with_checksum(head, checksum()),
+                    payload,
+                    self._leased(),
+                    draft,
+                    ns,
+                )
             except FileNotFoundError:
                 # Somebody removed a directory under us, perhaps because it was empty.
                 if retry:
@@ -354,6 +371,11 @@ class DiskTier:
                 raise
             self._catalog.add(name, ns)
             return
+
+    def _checksum(self, payload: Payload) -> Callable[[], int]:
+        if len(payload) < SUMMED_BESIDE:
+            return partial(crc32, payload)
+        return self._summing.submit(crc32, payload).result
 
     def _leased(self) -> str:
         """The id of a lease that others can see. Raises OSError where there can be none."""
@@ -393,6 +415,7 @@ class DiskTier:
         with self._idle:
             self._closed = True
             self._idle.wait_for(lambda: self._publishing == 0, timeout=CLOSE_SECONDS)
+        self._summing.shutdown(wait=False)
         with self._leasing:
             if self._lease is not None:
                 self._lease.close()

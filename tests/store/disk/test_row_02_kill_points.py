@@ -101,5 +101,5 @@ def test_killed_in_the_middle_of_every_write(crasher, full, scenario, counts) ->
     writes = [n for n, name in enumerate(scenario) if name == "write"]
     for point in writes:
         assert killed_at(crasher, full, point, torn=True)[0]
-    assert len(writes) == 4, "three entries and a lease"
+    assert len(writes) == 7, "head and payload of three entries, and a lease"
     counts(torn_writes=len(writes), wrong_bytes=0)

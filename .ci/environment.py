@@ -70,7 +70,9 @@ def main() -> int:
             [sys.executable, "-m", "venv", "--clear", str(args.venv)],
             "Install your Python's venv module (Debian: apt-get install python3-venv).",
         )
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # Python compiles what is imported, once; pip would compile all of every package.
+    pip = [str(python), "-m", "pip", "install", "--no-compile", "--quiet"]
+    pip += ["--disable-pip-version-check"]
     extras = [*EXTRAS, *(("sglang", "flashinfer") if gpu else ("cpu",))]
     run(
         "installing Krul and what it needs (minutes the first time)",

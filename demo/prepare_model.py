@@ -57,7 +57,7 @@ def convert(out: Path) -> None:
     # save_pretrained refuse and SGLang look for GGUF kernels.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     staging = out.with_name(out.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     try:

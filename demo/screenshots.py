@@ -10,11 +10,15 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from playwright.sync_api import ViewportSize
 
 BROWSER = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--force-color-profile=srgb", "--hide-scrollbars"]
-SCREEN, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 1500}
+SCREEN: ViewportSize = {"width": 1440, "height": 900}
+PHONE: ViewportSize = {"width": 390, "height": 1500}
 CALM = """() => !document.querySelector('#note .k-busy')
   && document.querySelector('#cards [aria-current]').dataset.state !== 'running'"""
 EVICTED = """() => [...document.querySelectorAll('#cards button')].every(

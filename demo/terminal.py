@@ -205,16 +205,16 @@ def measure(
     table = Table(title=f"A history of {history} tokens comes back (median of {repeats})")
     for column in ("", "restored tokens", "computed tokens", "TTFT"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, turns in (
+    for name, taken in (
         ("recomputed", recomputed),
         ("restored by Krul", restored),
         ("still on the device", on_device),
     ):
         table.add_row(
             name,
-            str(turns[-1].restored),
-            str(turns[-1].computed),
-            f"{statistics.median(t.ttft for t in turns):.2f} s",
+            str(taken[-1].restored),
+            str(taken[-1].computed),
+            f"{statistics.median(t.ttft for t in taken):.2f} s",
         )
     console.print(table)
     slow = statistics.median(t.ttft for t in recomputed)

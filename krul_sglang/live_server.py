@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -77,6 +78,12 @@ def server_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]
     return env
 
 
+def _end_like_ctrl_c() -> None:
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 class LiveServer:
     """``with LiveServer(model, ["--enable-krul"]) as server: server.generate(...)``."""
 
@@ -114,7 +121,12 @@ class LiveServer:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, progress: Callable[[float], None] | None = None) -> LiveServer:
-        """Start and wait until it answers. Raises :class:`ServerFailedError`."""
+        """Start and wait until it answers. Raises :class:`ServerFailedError`.
+
+        From now on SIGTERM ends this process as Ctrl-C does, unless it has a handler of its own:
+        the server, which leads a session of its own, would go on for ever.
+        """
+        _end_like_ctrl_c()
         self._cwd.mkdir(exist_ok=True)  # gone where the server had been stopped before
         with self.log.open("wb") as sink:
             self.process = self._spawn(sink)

@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import sglang as sgl
 from session import Session, main, options
 
-ORDERS = {
+ORDERS: dict[str, dict[str, Any]] = {
     "A-1042": {"item": "lamp", "count": 3, "customer": "Lund", "paid": True},
     "A-1043": {"item": "mount", "count": 10, "customer": "Berg", "paid": False},
     "A-1044": {"item": "cable", "count": 1, "customer": "Lund", "paid": True},

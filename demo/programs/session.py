@@ -258,7 +258,8 @@ def main(
                 raise ProgramError(f"--{name} {value}: at least 1")
         with _server(args, out) as url:
             session = Session(args, url, out)
-            before = signal.signal(signal.SIGINT, session.stop)
+            ends = (signal.SIGINT, signal.SIGTERM)
+            before = [signal.signal(end, session.stop) for end in ends]
             try:
                 program(session)
                 if not args.no_compare:
@@ -266,7 +267,8 @@ def main(
             except Exception as error:
                 raise session.endpoint.error or error from None
             finally:
-                signal.signal(signal.SIGINT, before)
+                for end, handler in zip(ends, before, strict=True):
+                    signal.signal(end, handler)
             found = report(title, session)
         if args.json:
             print(json.dumps(found))

@@ -35,8 +35,9 @@ def compare_panel(outcomes: Sequence[Outcome], problem: str = "") -> str:
 
 def _row(one: Outcome, slowest: float, largest: int) -> str:
     kind = "k-recomputed" if one.policy == POLICIES[0] else "k-restored"
-    first = _cell("first token", one.ttft and seconds_text(one.ttft), one.ttft, slowest, kind)
     known = one.ttft is not None
+    ttft = None if one.ttft is None else seconds_text(one.ttft)
+    first = _cell("first token", ttft, one.ttft, slowest, kind)
     ratio = f" ({one.raw_bytes / one.stored_bytes:.1f}x)" if one.stored_bytes else ""
     stored = _cell(
         "stored",

@@ -96,8 +96,10 @@ def cache_of(k: torch.Tensor, v: torch.Tensor) -> Any:
     cache = DynamicCache()
     # Unbound, not indexed: an index's gradient is as large as all layers together.
     layers = zip(k.unbind(), v.unbind(), strict=True) if k.shape[1] else ()
-    for layer, own in enumerate(layers):
-        cache.update(*(x.transpose(0, 1)[None].float() for x in own), layer)
+    for layer, (own_k, own_v) in enumerate(layers):
+        cache.update(
+            own_k.transpose(0, 1)[None].float(), own_v.transpose(0, 1)[None].float(), layer
+        )
     return cache
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 
 from krul_sglang.live_server import LiveServer, server_environment
@@ -193,7 +194,8 @@ def poor():
 
 
 @pytest.mark.process
-def test_ctrl_c_ends_a_crowd_that_thinks(poor) -> None:
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_crowd_that_thinks_can_be_ended(poor, end: signal.Signals) -> None:
     url = poor(True)
     crowd = [sys.executable, PROGRAMS / "crowd.py", "--url", url, "--think", "1000"]
     child = subprocess.Popen(crowd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -203,10 +205,27 @@ def test_ctrl_c_ends_a_crowd_that_thinks(poor) -> None:
             if len(list(Path(f"/proc/{child.pid}/task").iterdir())) > 32:  # all users are there
                 break
             time.sleep(0.2)
-        child.send_signal(signal.SIGINT)
+        child.send_signal(end)
         said, _ = child.communicate(timeout=60)
         assert child.returncode == 130, said
         assert "Traceback" not in said
+    finally:
+        child.kill()
+
+
+@pytest.mark.process
+def test_a_program_that_is_ended_takes_its_server_along(chat_model: Path) -> None:
+    support = [sys.executable, PROGRAMS / "support.py", "--model", chat_model]
+    child = psutil.Popen(support, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        until = time.monotonic() + 200
+        while not (started := child.children()) and time.monotonic() < until:
+            time.sleep(0.2)
+        assert started, "it starts a server"
+        child.send_signal(signal.SIGTERM)
+        said, _ = child.communicate(timeout=60)
+        assert child.returncode == 130, said
+        assert not psutil.wait_procs(started, timeout=20)[1]
     finally:
         child.kill()
 

@@ -8,6 +8,7 @@ is open.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -373,9 +374,11 @@ class DiskTier:
             return
 
     def _checksum(self, payload: Payload) -> Callable[[], int]:
-        if len(payload) < SUMMED_BESIDE:
-            return partial(crc32, payload)
-        return self._summing.submit(crc32, payload).result
+        if len(payload) >= SUMMED_BESIDE:
+            # Closed meanwhile, or the process ends: then by whoever writes.
+            with contextlib.suppress(RuntimeError):
+                return self._summing.submit(crc32, payload).result
+        return partial(crc32, payload)
 
     def _leased(self) -> str:
         """The id of a lease that others can see. Raises OSError where there can be none."""

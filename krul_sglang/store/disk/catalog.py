@@ -7,6 +7,7 @@ up lookups. ``_upkeep`` serializes what makes the two agree: refreshing, evictin
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import threading
 import time
@@ -197,6 +198,17 @@ class Catalog:
                 self.evicted_bytes += victim.size
 
     # ---- what other processes did ----------------------------------------------
+
+    def load(self) -> list[tuple[bytes, str, str]]:
+        """The first :meth:`refresh`. So many new names would make Python's collector look through
+        all that the process holds, several times, and find nothing that can go."""
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return self.refresh()
+        finally:
+            if collecting:
+                gc.enable()
 
     def refresh(self, max_age: float = 0.0) -> list[tuple[bytes, str, str]]:
         """Learn what other processes stored and removed, unless that was done ``max_age`` seconds

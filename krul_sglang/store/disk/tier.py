@@ -119,7 +119,7 @@ class DiskTier:
         self._closed = False
         self._directory.calls.close(self._directory.calls.open_root(self._directory.root, True))
         try:
-            unfinished = self._catalog.refresh()
+            unfinished = self._catalog.load()
             self._leased()
             remove_abandoned(self._directory, unfinished)
             self._catalog.make_room(0)

@@ -26,6 +26,7 @@ from krul_sglang.profile.file import fingerprint, save_profile
 from krul_sglang.profile.fit import Samples, fit
 from krul_sglang.profile.importance import kv_gradients, quotations
 from krul_sglang.profile.rope import Rope, rope_of
+from krul_sglang.profile.threads import Threads
 from krul_sglang.quality.forward import (
     attention_rows,
     continuation_logits,
@@ -82,7 +83,26 @@ def calibrate(
         of the whole that is done. Raises :class:`ProfileError` where the model or the
         texts do not serve.
     """
-    tell = progress or (lambda stage, share: None)
+    with Threads() as threads:
+
+        def tell(stage: str, share: float) -> None:
+            threads.adapt()
+            if progress is not None:
+                progress(stage, share)
+
+        profile = _calibrate(model_dir, texts, tell, tp_rank, tp_size)
+    if out is not None:
+        save_profile(profile, out)
+    return profile
+
+
+def _calibrate(
+    model_dir: str | Path,
+    texts: Sequence[Text] | None,
+    tell: Progress,
+    tp_rank: int,
+    tp_size: int,
+) -> Profile:
     marks = fingerprint(model_dir, tp_rank, tp_size)
     config = json.loads((Path(model_dir) / "config.json").read_text())
     try:
@@ -127,10 +147,7 @@ def calibrate(
     curve, novelty = _measure_curve(
         draft, trials, compared, step, lambda done: tell("measuring", 0.85 + 0.15 * done)
     )
-    profile = dataclasses.replace(draft, rope=serving_rope, curve=curve, novelty=novelty)
-    if out is not None:
-        save_profile(profile, out)
-    return profile
+    return dataclasses.replace(draft, rope=serving_rope, curve=curve, novelty=novelty)
 
 
 def _sequences(

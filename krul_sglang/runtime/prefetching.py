@@ -95,12 +95,16 @@ class Prefetches:
         # Every rank asks the tree, as planning is agreed on; the rest is its own affair.
         req.init_next_round_input(self._cache)
         krul, tokens = self._krul, req.host_hit_length
-        if tokens < LEAST or not self._fits(tokens * krul.pool.spec.token_bytes):
+        if tokens < LEAST:
             return
         path = self._cache.path(req.best_match_node)
         nodes = [full_data(node).host_value for node in path if node.evicted]
         ids = torch.cat(nodes[::-1])
-        opened = krul.loader.open(slot_runs(ids))
+        runs = slot_runs(ids)
+        read = krul.store.bytes_to_read({run.segment for run in runs})
+        if not self._fits(tokens * krul.pool.spec.token_bytes, read):
+            return
+        opened = krul.loader.open(runs)
         if opened.lost:
             return
         dtype, pin = krul.pool.k[0].dtype, krul.pool.device.type == "cuda"
@@ -110,10 +114,12 @@ class Prefetches:
         self._waiting.append(Prefetch(req, ids, load, staging))
         self.started += 1
 
-    def _fits(self, nbytes: int) -> bool:
+    def _fits(self, nbytes: int, read: int) -> bool:
+        """Whether rows of ``nbytes`` and the ``read`` bytes they come from on the disk do."""
         ledger = self._krul.store.ledger
         held = sum(one.staging.nbytes for one in self._waiting)
-        return held + nbytes <= ledger.limit // SHARE and ledger.used + nbytes <= ledger.limit
+        within = ledger.used + nbytes + read <= ledger.limit
+        return within and held + nbytes <= ledger.limit // SHARE
 
     def take(self, req: Any, ids: torch.Tensor) -> Prefetch | None:
         """The prefetch of exactly these slot ids for a request that was admitted, if it has

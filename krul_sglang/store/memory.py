@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -208,12 +208,21 @@ class MemoryStore:
                 self.stats.demoted_segments += 1
         return freed
 
-    def make_room_to_read(self, segment_ids: Iterable[int]) -> bool:
-        """Let go of others' bytes so that those of these segments that only the disk has fit;
-        False if they cannot."""
+    def bytes_to_read(self, segment_ids: Iterable[int]) -> int:
+        """What opening these segments brings into memory: those that only the disk has."""
         segments = [self._segments.get(segment) for segment in segment_ids]
-        needed = sum(s.stored_bytes for s in segments if s is not None and s.is_on_disk_only)
-        self.demote(self.ledger.used + needed - self.ledger.limit)
+        return sum(s.stored_bytes for s in segments if s is not None and s.is_on_disk_only)
+
+    def make_room_to_read(self, segment_ids: Collection[int]) -> bool:
+        """Let go of bytes so that those of these segments that only the disk has fit; False if
+        they cannot. Others go first."""
+        with self._lock:
+            for segment in segment_ids:
+                if segment in self._demotable:
+                    self._demotable.move_to_end(segment)
+        self.demote(self.ledger.used + self.bytes_to_read(segment_ids) - self.ledger.limit)
+        # Counted anew: what of these had to go has to be read as well.
+        needed = self.bytes_to_read(segment_ids)
         return not needed or self.ledger.used + needed <= self.ledger.limit
 
     def promote(self, segment_id: int, payload: Payload, codec: str) -> None:

@@ -22,8 +22,8 @@ from krul_sglang.store.disk.tier import DiskTier
 from krul_sglang.store.disk.upkeep import Verdict, forget, gc, verify
 
 HISTORY = list(range(1000, 1120))
-OPENING = 4
-"""Reads that opening a file takes: its prefix, its header, and the payload's."""
+OPENING = 3
+"""Reads that opening a file takes: its head, and two of the payload."""
 
 
 @pytest.fixture(autouse=True)

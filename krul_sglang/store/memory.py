@@ -211,7 +211,9 @@ class MemoryStore:
     def bytes_to_read(self, segment_ids: Iterable[int]) -> int:
         """What opening these segments brings into memory: those that only the disk has."""
         segments = [self._segments.get(segment) for segment in segment_ids]
-        return sum(s.stored_bytes for s in segments if s is not None and s.is_on_disk_only)
+        files = [s.file for s in segments if s is not None and s.is_on_disk_only]
+        # The file's own size: it may hold another codec's payload than what was sealed here.
+        return sum(file.size for file in files if file is not None)
 
     def make_room_to_read(self, segment_ids: Collection[int]) -> bool:
         """Let go of bytes so that those of these segments that only the disk has fit; False if

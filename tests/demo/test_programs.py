@@ -216,10 +216,10 @@ def test_a_crowd_that_thinks_can_be_ended(poor, end: signal.Signals) -> None:
 @pytest.mark.process
 def test_a_program_that_is_ended_takes_its_server_along(chat_model: Path) -> None:
     support = [sys.executable, PROGRAMS / "support.py", "--model", chat_model]
-    child = psutil.Popen(support, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    child = subprocess.Popen(support, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         until = time.monotonic() + 200
-        while not (started := child.children()) and time.monotonic() < until:
+        while not (started := psutil.Process(child.pid).children()) and time.monotonic() < until:
             time.sleep(0.2)
         assert started, "it starts a server"
         child.send_signal(signal.SIGTERM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +23,10 @@ from krul_sglang.profile.locate import load_ranks
 if not has_gpu():
     # SGLang chooses its platform when it is first imported, also by in-process tests.
     os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background job ignores it, and so would every child that a test interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"

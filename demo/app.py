@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -127,6 +128,8 @@ def run(chosen: argparse.Namespace) -> None:
     beside = chosen.model.with_suffix(".krul.safetensors")  # where `make profile` puts it
     if chosen.profile is None and beside.is_file():
         chosen.profile = beside
+    # Seconds of imports that would else follow the server's start.
+    threading.Thread(target=import_module, args=("web.layout",), daemon=True).start()
     with ExitStack() as stack:
         url = (
             address(chosen.server_url)

@@ -218,7 +218,7 @@ class Durable:
             raise CodecError(f"{name.file} cannot be read")
         ledger = self._store.ledger
         ledger.add("loading", payload.size)
-        weakref.finalize(payload, ledger.add, "loading", -payload.size)
+        counted = weakref.finalize(payload, ledger.add, "loading", -payload.size)
         try:
             codec = codec_for(payload.entry.codec)
         except ValueError as error:
@@ -234,7 +234,7 @@ class Durable:
         reader.source = FileSource(
             payload,
             ends,
-            lambda view: self._store.promote(segment_id, view, codec.name),
+            lambda view: self._store.promote(segment_id, view, codec.name, counted),
             partial(self._unreadable, name),
             self.watch,
         )

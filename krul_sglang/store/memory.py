@@ -9,10 +9,11 @@ last token of it is released.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from krul_sglang.codec.base import Codec, CodecError, KVRun, KVSpec, Payload, SegmentReader
 from krul_sglang.similarity.record import record_of
@@ -227,17 +228,23 @@ class MemoryStore:
         needed = self.bytes_to_read(segment_ids)
         return not needed or self.ledger.used + needed <= self.ledger.limit
 
-    def promote(self, segment_id: int, payload: Payload, codec: str) -> None:
-        """A segment's bytes were read from the disk: keep them where they fit. They may be of
-        another codec than what was sealed here: the disk keeps one payload of a run."""
+    def promote(
+        self, segment_id: int, payload: Payload, codec: str, counted: weakref.finalize[..., Any]
+    ) -> None:
+        """A segment's bytes were read from the disk: keep them. They may be of another codec than
+        what was sealed here: the disk keeps one payload of a run.
+
+        counted: gives back what these bytes count as on their way; they count as stored from now
+        on. There was room for them already, and no check of anybody else's comes in between.
+        """
         with self._lock:
             segment = self._segments.get(segment_id)
             if segment is None or segment.file is None or segment.payload is not None:
                 return
-            if self.ledger.used + len(payload) > self.ledger.limit:
+            if counted.detach() is None:
                 return
             self._held.count(segment, -1)
-            self.ledger.add("tier", len(payload))
+            self.ledger.move("loading", "tier", len(payload), len(payload))
             segment.payload, segment.codec, segment.sealed_bytes = payload, codec, len(payload)
             self._held.count(segment, 1)
             self._demotable[segment.id] = segment

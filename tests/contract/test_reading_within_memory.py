@@ -72,3 +72,27 @@ def test_what_makes_way_of_a_path_is_read_with_the_rest(rig: Rig, others: bool) 
         assert resident(rig) >= in_memory, "those of others go first"
     else:
         assert not resident(rig)
+
+
+def test_what_is_kept_late_takes_nobody_elses_room(rig: Rig) -> None:
+    """Bytes that were read are kept after another path was found to fit."""
+    store(rig, HISTORY)
+    store(rig, OTHER)
+    memory = rig.krul.store
+    memory.demote(1 << 40)
+    first, second = sorted(memory._segments.values(), key=lambda one: one.tokens)[-2:]
+    reader = memory.open(first)
+    reader.fetch(memory.spec.layers - 1)
+    before = memory.ledger.used
+    memory.ledger.limit = before + memory.bytes_to_read([second.id])
+    assert memory.make_room_to_read([second.id])
+    assert reader.source is not None
+    reader.source.keep()
+    assert memory.ledger.used == before, "they counted already"
+    other = memory.open(second)
+    assert memory.ledger.used <= memory.ledger.limit
+    del reader
+    assert first.payload is not None
+    assert memory.ledger.snapshot()["tier"] == first.sealed_bytes
+    del other
+    assert memory.ledger.snapshot()["loading"] == 0

@@ -386,7 +386,7 @@ class Rig:
 
         runs = slot_runs(data.host_value)
         # As a restore does before it reads: the budget holds for this reading too.
-        self.krul.store.make_room_to_read(run.segment for run in runs)
+        self.krul.store.make_room_to_read({run.segment for run in runs})
         assert self.krul.loader.load(runs, sink).ok, "an undamaged segment could not be read"
         first = 0
         for run in runs:

@@ -44,7 +44,8 @@ from zlib_ng.zlib_ng import crc32
 
 from krul_sglang.store.disk.digest import fingerprint_of
 from krul_sglang.store.disk.entry import EntryName, Namespace
-from krul_sglang.store.disk.tier import DiskTier, Outcome
+from krul_sglang.store.disk.publishing import Outcome
+from krul_sglang.store.disk.tier import DiskTier
 
 FINGERPRINT = fingerprint_of({"model": "of the benchmark"})
 PLAIN = Namespace()

@@ -21,7 +21,8 @@ from krul_sglang.codec.base import Codec, CodecError, Payload, SegmentReader
 from krul_sglang.codec.frames import header_end
 from krul_sglang.store.disk.entry import EntryName
 from krul_sglang.store.disk.payload import DiskPayload, UnreadableError
-from krul_sglang.store.disk.tier import REFRESH_SECONDS, DiskTier, Outcome
+from krul_sglang.store.disk.publishing import REFRESH_SECONDS, Outcome
+from krul_sglang.store.disk.tier import DiskTier
 from krul_sglang.store.watch import StalledError, Watch
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 
 from krul_sglang.store.disk.entry import Namespace
-from krul_sglang.store.disk.tier import DiskTier, Outcome
+from krul_sglang.store.disk.publishing import Outcome
+from krul_sglang.store.disk.tier import DiskTier
 
 MODEL = bytes(range(16))
 OURS, THEIRS = Namespace(), Namespace(cache_salt="theirs")

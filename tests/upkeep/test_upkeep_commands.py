@@ -122,7 +122,7 @@ def test_gc_clears_up_after_a_writer_that_died(root) -> None:
     draft = stored[0].parent / f".tmp-{'0' * 16}-1"
     draft.write_bytes(b"half")
     try:
-        living = stored[0].parent / f".tmp-{alive._leased()}-1"
+        living = stored[0].parent / f".tmp-{alive._publisher.lease()}-1"
         living.write_bytes(b"half")
         assert answered("gc", root)["abandoned"] == 1
     finally:

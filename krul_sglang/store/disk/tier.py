@@ -8,60 +8,31 @@ is open.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from enum import Enum
-from functools import partial
 
 import numpy as np
-from zlib_ng.zlib_ng import crc32
 
 from krul_sglang.codec.base import CodecError, Payload
 from krul_sglang.store.disk.calls import Calls
 from krul_sglang.store.disk.catalog import Catalog, remove_abandoned
 from krul_sglang.store.disk.directory import Directory
 from krul_sglang.store.disk.entry import Entry, EntryName, Namespace
-from krul_sglang.store.disk.header import FutureVersionError, name_of, pack_head, with_checksum
+from krul_sglang.store.disk.header import FutureVersionError
 from krul_sglang.store.disk.health import Health
 from krul_sglang.store.disk.index import ENTRY_BYTES
-from krul_sglang.store.disk.lease import Lease
 from krul_sglang.store.disk.lookup import StoredPath, longest_path
 from krul_sglang.store.disk.payload import DiskPayload, ForeignEntryError
-
-REFRESH_SECONDS = 1.0
-"""How old what we know of other processes' files may be when room is made."""
-CLOSE_SECONDS = 10.0
-SUMMED_BESIDE = 1 << 20
-"""Bytes from which on a payload's checksum is taken by another thread while it is written: of
-16 MiB it takes a third of the time that the page cache does, a thread 0.05 ms."""
-
-
-class Outcome(Enum):
-    """What became of a segment that was to be published."""
-
-    STORED = "stored"
-    PRESENT = "present"
-    """The same run is stored already, with as many exact tokens at least."""
-    NO_ROOM = "no room"
-    """Larger than the budget, or only what it continues could make way for it."""
-    DEGRADED = "degraded"
-    """Not tried: the disk failed a moment ago, or the tier is closed."""
-    FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class Publication:
-    """An outcome, the entry where it is stored, and why where it is not."""
-
-    outcome: Outcome
-    name: EntryName | None = None
-    reason: str = ""
+from krul_sglang.store.disk.publishing import (
+    REFRESH_SECONDS,
+    Outcome,
+    Publication,
+    Publisher,
+)
 
 
 @dataclass
@@ -110,17 +81,12 @@ class DiskTier:
         self._directory = Directory(root, calls or Calls(), durable)
         self._catalog = Catalog(self._directory, limit)
         self._health = Health(self._directory.root, clock)
-        self._lease: Lease | None = None
-        self._leasing = threading.Lock()
-        self._idle = threading.Condition()
-        self._publishing = 0
-        self._drafts = 0
-        self._summing = ThreadPoolExecutor(1, "krul-checksum")
-        self._closed = False
+        self._publisher = Publisher(self._directory, self._catalog, self._health, fingerprint)
+        self._counting = threading.Lock()
         self._directory.calls.close(self._directory.calls.open_root(self._directory.root, True))
         try:
             unfinished = self._catalog.load()
-            self._leased()
+            self._publisher.lease()
             remove_abandoned(self._directory, unfinished)
             self._catalog.make_room(0)
         except OSError as error:
@@ -165,7 +131,7 @@ class DiskTier:
         catalog = self._catalog
         counters = {name: getattr(catalog, name) for name in _CATALOG_COUNTERS}
         held = {"entries": len(self), "used": self.used, "limit": catalog.limit}
-        with self._idle:
+        with self._counting:
             return {**asdict(self.stats), **counters, **held}
 
     def names(self) -> list[EntryName]:
@@ -266,7 +232,7 @@ class DiskTier:
         self._catalog.drop(name)
 
     def _count(self, counter: str, by: int = 1) -> None:
-        with self._idle:
+        with self._counting:
             setattr(self.stats, counter, getattr(self.stats, counter) + by)
 
     def quarantine(self, name: EntryName, reason: str) -> None:
@@ -304,91 +270,11 @@ class DiskTier:
             raw_bytes=raw_bytes,
             payload_crc=0,
         )
-        head = pack_head(entry)
-        name = name_of(entry, len(head))
-        with self._idle:
-            if self._closed:
-                return Publication(Outcome.DEGRADED, reason="the tier is closed")
-            self._publishing += 1
-        try:
-            done = self._publish(name, head, payload)
-        except OSError as error:
-            self._health.failed(error)
-            done = Publication(Outcome.FAILED, reason=error.strerror or str(error))
-        finally:
-            with self._idle:
-                self._publishing -= 1
-                self._idle.notify_all()
+        done = self._publisher.publish(entry, payload)
         self._count(done.outcome.name.lower())
+        if done.outcome is Outcome.STORED and done.name is not None:
+            self._count("stored_bytes", done.name.size)
         return done
-
-    def _publish(self, name: EntryName, head: bytes, payload: Payload) -> Publication:
-        present = self._present(name)
-        if present is not None:
-            self._catalog.use(present)
-            return Publication(Outcome.PRESENT, present)
-        if not self._health.may_write():
-            return Publication(Outcome.DEGRADED, reason=self.degraded)
-        self._catalog.refresh(REFRESH_SECONDS)
-        if not self._catalog.reserve(name):
-            reason = f"{name.footprint} bytes do not fit in {self._catalog.limit}"
-            return Publication(Outcome.NO_ROOM, reason=reason)
-        try:
-            self._write(name, head, payload)
-        finally:
-            self._catalog.release(name)
-        self._health.succeeded()
-        self._count("stored_bytes", name.size)
-        return Publication(Outcome.STORED, name)
-
-    def _present(self, name: EntryName) -> EntryName | None:
-        """An entry, still in place, that makes ``name`` needless."""
-        for other in self.covering(name.end, name.stop):
-            alike = other.start == name.start and other.exact_tokens >= name.exact_tokens
-            if alike and self._directory.recency(other) is not None:
-                return other
-        return None
-
-    def _write(self, name: EntryName, head: bytes, payload: Payload) -> None:
-        checksum = self._checksum(payload)
-        for retry in (True, False):
-            with self._idle:
-                self._drafts += 1
-                draft = self._drafts
-            ns = self._catalog.tick()
-            try:
-                self._directory.write(
-                    name,
-                    lambda: with_checksum(head, checksum()),
-                    payload,
-                    self._leased(),
-                    draft,
-                    ns,
-                )
-            except FileNotFoundError:
-                # Somebody removed a directory under us, perhaps because it was empty.
-                if retry:
-                    continue
-                raise
-            self._catalog.add(name, ns)
-            return
-
-    def _checksum(self, payload: Payload) -> Callable[[], int]:
-        if len(payload) >= SUMMED_BESIDE:
-            # Closed meanwhile, or the process ends: then by whoever writes.
-            with contextlib.suppress(RuntimeError):
-                return self._summing.submit(crc32, payload).result
-        return partial(crc32, payload)
-
-    def _leased(self) -> str:
-        """The id of a lease that others can see. Raises OSError where there can be none."""
-        with self._leasing:
-            if self._lease is not None and not self._lease.is_intact():
-                self._lease.close()
-                self._lease = None
-            if self._lease is None:
-                self._lease = Lease(self._directory, self.fingerprint)
-            return self._lease.id
 
     # ---- letting go ------------------------------------------------------------
 
@@ -415,14 +301,7 @@ class DiskTier:
 
     def close(self) -> None:
         """Wait for writes under way (10 s at most) and give the lease up. Files stay."""
-        with self._idle:
-            self._closed = True
-            self._idle.wait_for(lambda: self._publishing == 0, timeout=CLOSE_SECONDS)
-        self._summing.shutdown(wait=False)
-        with self._leasing:
-            if self._lease is not None:
-                self._lease.close()
-                self._lease = None
+        self._publisher.close()
 
 
 _CATALOG_COUNTERS = ("damaged", "evicted", "evicted_bytes")

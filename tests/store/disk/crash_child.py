@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 
 from disk_kit import FINGERPRINT, Piece, WatchedCalls, look, pieces, publish
 
-from krul_sglang.store.disk.tier import DiskTier, Outcome
+from krul_sglang.store.disk.publishing import Outcome
+from krul_sglang.store.disk.tier import DiskTier
 
 
 class Journal:

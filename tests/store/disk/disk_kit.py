@@ -14,7 +14,8 @@ from krul_sglang.store.disk.digest import fingerprint_of, prefix_digests
 from krul_sglang.store.disk.entry import EntryName, Namespace
 from krul_sglang.store.disk.header import name_of, pack_head
 from krul_sglang.store.disk.payload import DiskPayload
-from krul_sglang.store.disk.tier import DiskTier, Entry, Outcome, Publication
+from krul_sglang.store.disk.publishing import Outcome, Publication
+from krul_sglang.store.disk.tier import DiskTier, Entry
 
 FINGERPRINT = fingerprint_of({"model": "of the tests"})
 PLAIN = Namespace()

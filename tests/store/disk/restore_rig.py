@@ -12,7 +12,8 @@ from small_profile import LAYERS, PROFILE, make_run, spec_of
 from krul_sglang.codec.base import CodecError
 from krul_sglang.codec.registry import make_codec
 from krul_sglang.store.disk.entry import EntryName
-from krul_sglang.store.disk.tier import DiskTier, Outcome
+from krul_sglang.store.disk.publishing import Outcome
+from krul_sglang.store.disk.tier import DiskTier
 from krul_sglang.store.durable import Durable
 from krul_sglang.store.memory import MemoryStore
 from krul_sglang.strategy.base import Strategy

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from disk_kit import FINGERPRINT, PLENTY, Piece, files, look, store
 
-from krul_sglang.store.disk.tier import SUMMED_BESIDE, DiskTier
+from krul_sglang.store.disk.publishing import SUMMED_BESIDE
+from krul_sglang.store.disk.tier import DiskTier
 from krul_sglang.store.disk.upkeep import Verdict, verify
 
 SIZES = [0, 1, SUMMED_BESIDE - 1, SUMMED_BESIDE, 3 * SUMMED_BESIDE + 5]
@@ -21,7 +22,7 @@ def test_a_file_is_its_head_and_payload(tmp_path: Path, size: int, closing: bool
     piece = Piece(1, size=size)
     tier = DiskTier(tmp_path, FINGERPRINT, PLENTY)
     if closing:
-        tier._summing.shutdown()
+        tier._publisher._summing.shutdown()
     store(tier, piece)
     (path,) = files(tmp_path)
     assert path.read_bytes() == piece.file_bytes()

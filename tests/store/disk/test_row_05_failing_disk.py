@@ -29,7 +29,8 @@ from disk_kit import (
 
 from krul_sglang.codec.base import CodecError
 from krul_sglang.store.disk.health import LONGEST_WAIT
-from krul_sglang.store.disk.tier import DiskTier, Outcome
+from krul_sglang.store.disk.publishing import Outcome
+from krul_sglang.store.disk.tier import DiskTier
 
 LIMIT = 60_000
 OLD = [Piece(talk, size=9000) for talk in range(4)]

@@ -33,8 +33,9 @@ from disk_kit import (
 from krul_sglang.store.disk import header
 from krul_sglang.store.disk.digest import prefix_digests
 from krul_sglang.store.disk.entry import MAX_FILE, MAX_IDS, EntryName
+from krul_sglang.store.disk.publishing import Outcome
 from krul_sglang.store.disk.quarantine import MAX_BYTES, MAX_FILES, quarantined, trim
-from krul_sglang.store.disk.tier import DiskTier, Outcome
+from krul_sglang.store.disk.tier import DiskTier
 from krul_sglang.store.disk.upkeep import Verdict, forget, gc, verify
 
 PIECE = Piece(1, 3)

@@ -34,7 +34,8 @@ from hypothesis.stateful import (
 )
 
 from krul_sglang.store.disk.entry import Namespace
-from krul_sglang.store.disk.tier import DiskTier, Outcome
+from krul_sglang.store.disk.publishing import Outcome
+from krul_sglang.store.disk.tier import DiskTier
 from krul_sglang.store.disk.upkeep import Verdict, forget, gc, verify
 
 SPACES = [Namespace(), Namespace("a"), Namespace(None, "a")]
@@ -166,7 +167,7 @@ class TierMachine(RuleBasedStateMachine):
         self.crash_after[0] = at
         with contextlib.suppress(Crash):
             publish(self.tier, piece)
-        lease = self.tier._lease
+        lease = self.tier._publisher._lease
         if lease is not None:  # what the system does for the dead
             self.tier._directory.calls.close(lease._fd)
         self.open(self.limit)

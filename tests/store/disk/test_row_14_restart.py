@@ -9,7 +9,7 @@ import time
 import pytest
 from disk_kit import PLENTY, Piece, assert_agrees, files, look, publish, store
 
-from krul_sglang.store.disk.tier import Outcome
+from krul_sglang.store.disk.publishing import Outcome
 
 
 def grown(tier, talks: int, length: int) -> list[Piece]:

@@ -108,6 +108,8 @@ class Planner:
         choices = self.choices(turn)
         ends, parts = self.ends(turn, choices)
         best = int(np.flatnonzero(ends <= ends.min() * (1 + INDIFFERENT))[-1])
+        if any(self.load.is_hoped_for(run.tier) for run in turn.stored):
+            best = min(best, 1)  # more would be lost where hope is in vain
         fetch, decode, compute = (float(part[best]) for part in parts)
         return Plan(int(choices[best]), float(ends[best]), fetch, decode, compute)
 
@@ -156,7 +158,7 @@ class Planner:
         rest = tokens - first
 
         def seconds(new: Floats, before: Floats) -> Floats:
-            return self.compute.seconds(Prefill(new, new * (before + new / 2)))
+            return self.compute.seconds(Prefill.of(new, before))
 
         later = np.zeros(len(choices))
         if rest.any():

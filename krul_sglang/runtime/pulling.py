@@ -161,8 +161,7 @@ class Pulls:
         krul, new = self._krul, float(len(ids) - found.matched)
         worth = LONGEST_WAIT
         if krul.config.recompute_fraction is None:
-            shape = Prefill(new, new * (found.matched + new / 2))
-            worth = float(krul.planner.compute.seconds(shape))
+            worth = float(krul.planner.compute.seconds(Prefill.of(new, found.matched)))
         rate = krul.planner.load.links.get("remote")
         return Pull(
             adoption.namespace(found.key),

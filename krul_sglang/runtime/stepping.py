@@ -39,8 +39,7 @@ def run_batch(original: Callable, scheduler: Any, batch: Any, *args: Any, **kwar
     # Beside busy decoders that share its cores a pass says what both cost. But only the passes
     # of restores compute much on a long prefix, which costs other than from the beginning.
     if cache.krul.pool.device.type == "cpu" and decoding <= BESIDE * seconds:
-        shape = Prefill(float(new.sum()), float((new * (before + new / 2)).sum()))
-        cache.krul.planner.compute.observe(shape, seconds)
+        cache.krul.planner.compute.observe(Prefill.of_batch(new, before), seconds)
     if failed:
         _start_anew(scheduler, cache, batch, failed)
     if loads:

@@ -39,7 +39,7 @@ def test_costs_by_hand() -> None:
 def test_ranks_share_the_work_and_may_share_the_link() -> None:
     one, two = Regime(TINY, CHIP, LINK), Regime(replace(TINY, ranks=2), CHIP, LINK)
     shared = replace(two, link=replace(LINK, shared=True))
-    shape = Prefill(64.0, 1000.0)
+    shape = Prefill(64.0, 1000.0, False)
     assert two.compute_cost().seconds(shape) == pytest.approx(one.compute_cost().seconds(shape) / 2)
     turn = one.turn(Form("raw"), 100, 10)
     everything = np.array([100.0])

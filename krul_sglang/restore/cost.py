@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -110,19 +111,28 @@ class Prefill:
         return cls(float(new.sum()), float(pairs.sum()), bool((before > 0).any()))
 
 
+class Lesson(NamedTuple):
+    """What passes of one bucket of shapes taught: where among shapes they lay, see
+    :func:`_position`, and the factor there."""
+
+    at: tuple[float, ...]
+    factor: float
+
+
 @dataclass
 class ComputeCost:
     """Seconds of a forward pass: a fixed part, one by token and one by query-key pair.
 
     The three are measured at launch; what they get wrong is learnt as a factor for each
-    bucket of shapes (powers of two of tokens and of keys a token, continued or not), and in
-    between as their mean in logarithms, weighted by the inverse square of the distance.
+    bucket of shapes (powers of two of tokens and of keys a token, continued or not), which holds
+    where the bucket's passes lay, and in between as their mean in logarithms, weighted by the
+    inverse square of the distance.
     """
 
     fixed: float
     token: float
     pair: float
-    factors: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    lessons: dict[tuple[int, ...], Lesson] = field(default_factory=dict)
 
     def _base(self, prefill: Prefill) -> Floats:
         cost = self.fixed + self.token * prefill.tokens + self.pair * prefill.pairs
@@ -132,13 +142,13 @@ class ComputeCost:
         """Expected seconds, 0 for no tokens; arrays give arrays."""
         tokens = np.asarray(prefill.tokens, np.float64)
         base = self._base(prefill) * (tokens > 0)
-        if not self.factors:
+        if not self.lessons:
             return base
-        known = np.array(list(self.factors), np.float64)
-        values = np.log(list(self.factors.values()))
-        at = np.stack(_bucket(prefill), -1)
-        # A bucket is a square of side 1: within a tenth of its middle it decides alone, nearly.
-        weights = 1 / (np.square(at[..., None, :] - known).sum(-1) + 0.01)
+        known = np.array([lesson.at for lesson in self.lessons.values()])
+        values = np.log([lesson.factor for lesson in self.lessons.values()])
+        apart = np.square(_position(prefill)[..., None, :] - known).sum(-1)
+        # Where something was seen, within a tenth of a power, it decides alone, nearly.
+        weights = 1 / (apart + 0.01)
         return base * np.exp((weights * values).sum(-1) / weights.sum(-1))
 
     def observe(self, prefill: Prefill, seconds: float) -> None:
@@ -146,18 +156,21 @@ class ComputeCost:
         base = float(self._base(prefill))
         if base <= 0 or seconds <= 0 or not float(prefill.tokens) > 0:
             return
-        tokens, keys, continued = (int(axis.round()) for axis in _bucket(prefill))
-        old = self.factors.get((tokens, keys, continued))
-        self.factors[tokens, keys, continued] = _blend(old, seconds / base)
+        at = _position(prefill)
+        bucket = tuple(int(axis) for axis in at.round())
+        factor, old = seconds / base, self.lessons.get(bucket)
+        if old is not None:
+            at, factor = at + WEIGHT * (old.at - at), _blend(old.factor, factor)
+        self.lessons[bucket] = Lesson(tuple(at.tolist()), factor)
 
 
-def _bucket(prefill: Prefill) -> tuple[Floats, Floats, Floats]:
-    """Powers of two of the tokens and of the keys that a token attends, and a third axis for
-    what is continued."""
+def _position(prefill: Prefill) -> Floats:
+    """``[..., 3]``: powers of two of the tokens and of the keys that a token attends, and a
+    third axis for what is continued."""
     tokens = np.maximum(np.asarray(prefill.tokens, np.float64), 1)
     keys = np.maximum(np.asarray(prefill.pairs, np.float64) / tokens, 1)
     continued = APART * np.broadcast_to(prefill.continued, tokens.shape)
-    return np.log2(tokens), np.log2(keys), continued
+    return np.stack((np.log2(tokens), np.log2(keys), continued), -1)
 
 
 @dataclass

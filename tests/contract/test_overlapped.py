@@ -83,10 +83,10 @@ def test_a_restore_says_what_a_pass_costs_unless_decoders_took_its_cores(
     rig, monkeypatch, beside: float, learns: bool
 ) -> None:
     monkeypatch.setattr(stepping, "BESIDE", beside)
-    factors = rig.krul.planner.compute.factors
-    known = dict(factors)
+    lessons = rig.krul.planner.compute.lessons
+    known = dict(lessons)
     assert not step(rig, [returning(rig, 7, 8, 9)])
-    assert (factors != known) is learns
+    assert (lessons != known) is learns
 
 
 def test_the_pass_waits_for_each_layer_and_no_longer(rig, faults) -> None:

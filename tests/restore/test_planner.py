@@ -219,7 +219,7 @@ def test_nothing_is_learnt_from_nothing() -> None:
     rate.observe(5, 0.0)
     compute.observe(Prefill.of(0.0, 0.0), 1.0)
     compute.observe(Prefill.of(8.0, 0.0), 0.0)
-    assert (rate.seconds, rate.observations, compute.factors) == (2.0, 0, {})
+    assert (rate.seconds, rate.observations, compute.lessons) == (2.0, 0, {})
 
 
 def test_a_few_tokens_do_not_pass_for_what_tokens_cost() -> None:
@@ -244,8 +244,18 @@ def test_what_continues_something_is_learnt_apart() -> None:
     history = Turn(0, [StoredRun(4096, 4096 * 1000, "c")], 64)
     assert p.plan(history).load == 0, "a few tokens cost more than they save"
     one = ComputeCost(0.0, 1e-3, 0.0)
-    one.observe(Prefill.of(1024.0, 64.0), 2.0)
-    assert one.seconds(Prefill.of(1024.0, 0.0)) == pytest.approx(2.0, rel=0.02), "until it is seen"
+    one.observe(Prefill.of(1024.0, 64.0), 2.048)
+    assert one.seconds(Prefill.of(1024.0, 0.0)) == pytest.approx(2.048, rel=0.01), (
+        "until it is seen"
+    )
+
+
+def test_what_was_seen_is_known_wherever_it_lies() -> None:
+    """Between two buckets' middles, and beside another bucket that says otherwise."""
+    one = ComputeCost(0.0, 1e-3, 0.0)
+    one.observe(Prefill.of(768.0, 1344.0), 0.768 * 1.5)
+    one.observe(Prefill.of(256.0, 1344.0), 0.256 * 3)
+    assert one.seconds(Prefill.of(768.0, 1344.0)) == pytest.approx(0.768 * 1.5, rel=0.01)
 
 
 def test_whoever_hopes_loads_one_block() -> None:

@@ -62,6 +62,9 @@ class Rate:
     observed: float = 0.0
     """The estimate then, which hope does not touch."""
 
+    def __post_init__(self) -> None:
+        self.observed = self.observed or self.seconds
+
     @property
     def hoped_for(self) -> bool:
         """Whether it counts as better than it was when it was last observed."""
@@ -190,9 +193,10 @@ class LoadCost:
         """Seconds the tier's link is busy."""
         return self.links[tier].seconds * nbytes if tier in self.links else 0.0
 
-    def is_hoped_for(self, tier: str) -> bool:
-        """Whether the tier's link was avoided and counts as better than when it was not."""
-        return tier in self.links and self.links[tier].hoped_for
+    def without_hope(self) -> LoadCost:
+        """With links as they were when they were last observed."""
+        links = {tier: Rate(rate.observed) for tier, rate in self.links.items()}
+        return LoadCost(self.threads, links, self.codecs)
 
     def decode_seconds(self, codec: str, tokens: float) -> float:
         """Seconds of one thread."""

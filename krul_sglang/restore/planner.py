@@ -16,7 +16,7 @@ share cores, no plan ends before their work divided by the cores.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,6 +27,11 @@ BLOCK = 64
 CHOICES = 256
 INDIFFERENT = 0.01
 """Ends that differ by less than this share are the same."""
+
+
+def _best(ends: Floats) -> int:
+    """Which choice ends first; of those that do not differ, the last."""
+    return int(np.flatnonzero(ends <= ends.min() * (1 + INDIFFERENT))[-1])
 
 
 def block(span: int) -> int:
@@ -107,9 +112,11 @@ class Planner:
         """The best p for a turn, given what its batch already has to do."""
         choices = self.choices(turn)
         ends, parts = self.ends(turn, choices)
-        best = int(np.flatnonzero(ends <= ends.min() * (1 + INDIFFERENT))[-1])
-        if any(self.load.is_hoped_for(run.tier) for run in turn.stored):
-            best = min(best, 1)  # more would be lost where hope is in vain
+        best = _best(ends)
+        if best > 1 and any(rate.hoped_for for rate in self.load.links.values()):
+            # Of what hope alone would load, one block: the rest would be lost were it in vain.
+            sober = replace(self, load=self.load.without_hope())
+            best = min(best, max(1, _best(sober.ends(turn, choices)[0])))
         fetch, decode, compute = (float(part[best]) for part in parts)
         return Plan(int(choices[best]), float(ends[best]), fetch, decode, compute)
 

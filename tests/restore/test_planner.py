@@ -273,3 +273,15 @@ def test_whoever_hopes_loads_one_block() -> None:
     assert p.plan(history).load == BLOCK
     rate.observe(64 * 1000.0, 6.4)
     assert p.plan(history).load == 0
+
+
+def test_what_is_worth_loading_without_hope_is_loaded() -> None:
+    """A short history was computed anew; the link is as it was."""
+    p = planner(link=1e-8, token=1e-5)
+    rate = p.load.links["memory"]
+    rate.observe(10**6, 1e-2)
+    short, long = Turn(0, [StoredRun(64, 10**7, "c")], 8), Turn(0, [StoredRun(8192, 10**6, "c")], 8)
+    assert p.plan(short).load == 0
+    rate.hope()
+    assert rate.hoped_for
+    assert p.plan(long).load == planner(link=1e-8, token=1e-5).plan(long).load > BLOCK

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 
+import hypothesis
 import pytest
 from filelock import FileLock
 from warm_server import WarmServer, Zygote
@@ -27,6 +28,10 @@ if not has_gpu():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background job ignores it, and so would every child that a test interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Other tests take the cores meanwhile: how long an example took says nothing.
+hypothesis.settings.register_profile("shared", deadline=None)
+hypothesis.settings.load_profile("shared")
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"

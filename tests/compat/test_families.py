@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.server
 
-KRUL = ("--enable-krul", "--krul-policy", "lossless")
+KRUL = ("--enable-krul", "--krul-policy", "lossless", "--krul-recompute", "never")
 PLAIN = ("--skip-tokenizer-init", "--enable-cache-report")
 # Holds one conversation at its end (138 tokens) and a bit.
 SMALL, LARGE = ("--max-total-tokens", "192"), ("--max-total-tokens", "4096")

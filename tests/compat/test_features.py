@@ -17,6 +17,7 @@ import requests
 pytestmark = [pytest.mark.server, pytest.mark.long]
 
 KRUL = ("--skip-tokenizer-init", "--enable-krul", "--krul-policy", "lossless")
+KRUL += ("--krul-recompute", "never")
 LONG_ANSWER = 64
 SMALL = ("--max-total-tokens", "192")
 

@@ -13,7 +13,7 @@ from krul_sglang.live_server import free_port
 
 pytestmark = [pytest.mark.server, pytest.mark.long]
 
-KRUL = ("--enable-krul", "--krul-policy", "lossless")
+KRUL = ("--enable-krul", "--krul-policy", "lossless", "--krul-recompute", "never")
 BARE = ("--skip-tokenizer-init",)
 SMALL, LARGE = ("--max-total-tokens", "192"), ("--max-total-tokens", "4096")
 

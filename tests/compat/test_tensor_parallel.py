@@ -17,8 +17,9 @@ def test_two_ranks_restore_exactly(serve, tiny, talk, host_hits, two_ranks):
     # Compares, in every step, what the ranks decided; a difference ends the server.
     env = {**two_ranks, "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
     model = tiny("qwen2", 64, 2, "default", kv_heads=2)
-    krul = ("--enable-krul", "--krul-policy", "lossless", "--max-total-tokens", "192")
-    with serve(*PLAIN, *krul, "--tp-size", "2", model=model, env=env) as server:
+    krul = ("--enable-krul", "--krul-policy", "lossless", "--krul-recompute", "never")
+    flags = ("--max-total-tokens", "192", "--tp-size", "2")
+    with serve(*PLAIN, *krul, *flags, model=model, env=env) as server:
         done = talk(server)
         state = server.krul()
         for past in done:
@@ -42,7 +43,8 @@ def test_each_rank_stores_with_its_own_profile(serve, two_ranks, tmp_path):
     model = write_model(tmp_path / "model", "llama", max_position_embeddings=4096)
     env = {**two_ranks, "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1"}
     env["XDG_CACHE_HOME"] = str(tmp_path)
-    flags = ("--enable-krul", "--max-total-tokens", "192", "--tp-size", "2")
+    flags = ("--enable-krul", "--krul-recompute", "never")
+    flags += ("--max-total-tokens", "192", "--tp-size", "2")
     rng = random.Random(5)
     prompts = [[rng.randrange(1, 90) for _ in range(100)] for _ in range(3)]
     with serve(*flags, model=model, env=env) as server:

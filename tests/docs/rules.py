@@ -7,6 +7,7 @@ parser, a script's own or a live server is not decided here: rules hand it on as
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tomllib
@@ -75,6 +76,9 @@ def flags_of(words: tuple[str, ...]) -> tuple[str, ...]:
 # ---- programs ----------------------------------------------------------------------
 
 
+HANDED_ON = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "ARGS")
+
+
 @cache
 def makefile() -> tuple[frozenset[str], frozenset[str]]:
     """Targets and variables."""
@@ -87,8 +91,10 @@ def makefile() -> tuple[frozenset[str], frozenset[str]]:
 @cache
 def _dry_run(*words: str) -> str:
     """What make would run. Raises :class:`WrongError`."""
+    # `make test ARGS=...` hands its own arguments on to whatever runs below it.
+    env = {name: value for name, value in os.environ.items() if name not in HANDED_ON}
     dry = subprocess.run(
-        ["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        ["make", "-n", *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False
     )
     if dry.returncode:
         raise WrongError(dry.stderr.strip())

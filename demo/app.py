@@ -97,6 +97,8 @@ def started(chosen: argparse.Namespace, console, stack: ExitStack) -> str:
     )
     own = OwnServer(server, lambda text: console.print(text, highlight=False, markup=False))
     stack.callback(own.stop)
+    # Seconds of imports that would else follow the server's start.
+    threading.Thread(target=import_module, args=("web.layout",), daemon=True).start()
     with console.status("starting the server") as status:
         try:
             server.start(lambda s: status.update(f"starting the server, {s:.0f} s"))
@@ -128,8 +130,6 @@ def run(chosen: argparse.Namespace) -> None:
     beside = chosen.model.with_suffix(".krul.safetensors")  # where `make profile` puts it
     if chosen.profile is None and beside.is_file():
         chosen.profile = beside
-    # Seconds of imports that would else follow the server's start.
-    threading.Thread(target=import_module, args=("web.layout",), daemon=True).start()
     with ExitStack() as stack:
         url = (
             address(chosen.server_url)

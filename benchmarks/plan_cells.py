@@ -18,8 +18,8 @@ CLAIM = 1.05
 """The planner's median over the best forced one is to be no more than this."""
 SKIP = 3.0
 """A point is not measured when the link alone takes it this many times the best time known."""
-BLOCK = 64
-"""Tokens by which choices may differ and still be the same: the planner's smallest step."""
+FEW = 64
+"""Tokens by which choices may differ and still be the same."""
 USUAL = 3
 """Restores whose choices, from the least to the most, count as the same."""
 
@@ -136,6 +136,6 @@ def moved_after(before: Sequence[Sample], after: Sequence[Sample]) -> int | None
 
 
 def settled_after(after: Sequence[Sample]) -> int:
-    """From which restore on all choices are within a block of the last one."""
-    far = (n for n, s in enumerate(after, 1) if abs(s.load - after[-1].load) > BLOCK)
+    """From which restore on all choices are the last one, but for a few tokens."""
+    far = (n for n, s in enumerate(after, 1) if abs(s.load - after[-1].load) > FEW)
     return 1 + max(far, default=0)

@@ -22,7 +22,7 @@ the first one leaves a factor of 1.4."""
 
 HOPE = 0.9
 """What a rate is multiplied with when a plan avoids its tier: without being tried it would
-stay what it last was, however long ago. A plan that hopes loads one block, which tells the
+stay what it last was, however long ago. A plan that hopes loads a few tokens, which tell the
 truth."""
 
 MOST_PATIENCE = 64

@@ -8,9 +8,10 @@ new turn. Layer by layer, with ``f`` the link, ``d`` the decoders and ``c`` the 
     c_l = max(c_{l-1}, d_l) + compute_l(p)
 
 and the pass ends at ``c_{L-1}``, plus what chunks after the first take: those find every layer
-loaded. The planner tries ``p`` at every block and takes the earliest end; of ends that do not
-differ, the largest ``p``, which leaves the most compute to others. Where decoders and the pass
-share cores, no plan ends before their work divided by the cores.
+loaded. The planner tries ``p`` at every block and takes the earliest end, but loads everything
+where that ends no later to speak of, which leaves the most compute to others. Between the two it
+takes no such liberty: a little more to load is a little for the pass to wait for at every layer.
+Where decoders and the pass share cores, no plan ends before their work divided by the cores.
 """
 
 from __future__ import annotations
@@ -22,16 +23,21 @@ import numpy as np
 
 from krul_sglang.restore.cost import ComputeCost, Floats, LoadCost, Prefill
 
-BLOCK = 64
+BLOCK = 16
 """Tokens between two choices of p; more where there would be more than :data:`CHOICES`."""
 CHOICES = 256
+TRIAL = 64
+"""Tokens that are loaded to see whether a link has become better."""
 INDIFFERENT = 0.01
-"""Ends that differ by less than this share are the same."""
+"""Loading everything is as good as the best choice if it takes no more than this share longer."""
 
 
 def _best(ends: Floats) -> int:
-    """Which choice ends first; of those that do not differ, the last."""
-    return int(np.flatnonzero(ends <= ends.min() * (1 + INDIFFERENT))[-1])
+    """Which choice ends first: the last one where that is no later to speak of."""
+    least = float(ends.min())
+    if ends[-1] <= least * (1 + INDIFFERENT):
+        return len(ends) - 1
+    return int(np.flatnonzero(ends <= least * (1 + 1e-9))[-1])
 
 
 def block(span: int) -> int:
@@ -113,10 +119,11 @@ class Planner:
         choices = self.choices(turn)
         ends, parts = self.ends(turn, choices)
         best = _best(ends)
-        if best > 1 and any(rate.hoped_for for rate in self.load.links.values()):
-            # Of what hope alone would load, one block: the rest would be lost were it in vain.
+        trial = int(np.searchsorted(choices, turn.device + TRIAL))
+        if best > trial and any(rate.hoped_for for rate in self.load.links.values()):
+            # Of what hope alone would load, a little: the rest would be lost were it in vain.
             sober = replace(self, load=self.load.without_hope())
-            best = min(best, max(1, _best(sober.ends(turn, choices)[0])))
+            best = min(best, max(trial, _best(sober.ends(turn, choices)[0])))
         fetch, decode, compute = (float(part[best]) for part in parts)
         return Plan(int(choices[best]), float(ends[best]), fetch, decode, compute)
 

@@ -1,9 +1,12 @@
 """Does the estimate rank the layers as their damage does?
 
     python benchmarks/damage.py --model DIR --conversations held_out.jsonl --json damage.json
+    python benchmarks/damage.py --model DIR --conversations held_out.jsonl --dropped
 
 For each conversation every layer alone is stored and restored, all others kept, and the
-divergence of what comes next is measured. That is held against what could be known before:
+divergence of what comes next is measured. With --dropped nothing of the layer is stored: it is
+what its map makes of the rebuilt layer below. (What is stored is allotted so that layers hurt
+alike, which leaves little to rank.) That is held against what could be known before:
 
 - ``metric``: the layer's squared error in the profile's importance metric
 - ``weighted``: the same, each token weighted by its importance from K, V and attention
@@ -47,6 +50,26 @@ from krul_sglang.similarity.estimate import codes_of_maps
 from krul_sglang.strategy.base import SINKS, Strategy
 
 HISTORY, CONTINUATION = 1000, 120
+MEASURED = ("metric", "weighted", "attention")
+
+
+def predictions(
+    codec: PredictiveCodec,
+    restored: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    tables: tuple[torch.Tensor, torch.Tensor],
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """K and V ``[tokens, kv_heads, dim]`` of each layer as predicted from the rebuilt one below;
+    sink tokens stay as they were restored."""
+    profile, below = codec.profile, None
+    out = []
+    for (k, v), maps in zip(restored, profile.layers, strict=True):
+        x = maps.predict(below, torch.arange(len(k)))
+        keys = k[0].numel()
+        own_k = profile.rope.apply(x[:, :keys].view_as(k), tables)
+        own_v = x[:, keys:].reshape(v.shape)
+        out.append(tuple(torch.cat([a[:SINKS], b[SINKS:]]) for a, b in ((k, own_k), (v, own_v))))
+        below = torch.cat([profile.rope.undo(k, tables).flatten(1), v.flatten(1)], 1)
+    return out
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
@@ -56,7 +79,9 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def damage(model: Any, ids: Sequence[int], codec: PredictiveCodec, budget: float) -> dict[str, Any]:
+def damage(
+    model: Any, ids: Sequence[int], codec: PredictiveCodec, budget: float, dropped: bool
+) -> dict[str, Any]:
     """Per layer: the divergence measured, and what was estimated."""
     history, following = ids[:HISTORY], ids[HISTORY : HISTORY + CONTINUATION]
     k, v = (x.bfloat16().float() for x in history_kv(model, history))
@@ -73,7 +98,9 @@ def damage(model: Any, ids: Sequence[int], codec: PredictiveCodec, budget: float
     def flat(own_k: torch.Tensor, own_v: torch.Tensor) -> torch.Tensor:
         return torch.cat([codec.profile.rope.undo(own_k, tables).flatten(1), own_v.flatten(1)], 1)
 
-    out: dict[str, list[float]] = {"kl": [], "metric": [], "weighted": [], "attention": []}
+    if dropped:
+        restored = predictions(codec, restored, tables)
+    out: dict[str, list[float]] = {name: [] for name in ("kl", *MEASURED)}
     for layer, (own_k, own_v) in enumerate(restored):
         weights = codec.profile.layers[layer]
         x = flat(k[layer], v[layer])
@@ -99,6 +126,7 @@ def main() -> None:
     parser.add_argument("--conversations", type=Path, required=True)
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--budget", type=float, default=0.01)
+    parser.add_argument("--dropped", action="store_true", help="store nothing of the layer")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     path = options.profile or ensure(options.model, 1, print)
@@ -108,7 +136,9 @@ def main() -> None:
     for chat in track(read_conversations(options.conversations), console=console):
         ids = chat_ids(tokenizer, [dict(m) for m in chat.messages], answer=False)
         if len(ids) >= HISTORY + CONTINUATION:
-            found.append({"id": chat.id, **damage(model, ids, codec, options.budget)})
+            found.append(
+                {"id": chat.id, **damage(model, ids, codec, options.budget, options.dropped)}
+            )
     kl = torch.tensor([one["kl"] for one in found])
     variation = torch.tensor([one["attention"] for one in found])
     for i, one in enumerate(found):
@@ -118,7 +148,7 @@ def main() -> None:
         one["both"] = (variation[i] * prior / expected).tolist()
     table = Table("estimate", "Spearman, mean", "least", "most")
     summary = {}
-    for way in ("metric", "weighted", "attention", "prior", "both"):
+    for way in (*MEASURED, "prior", "both"):
         values = [spearman(one[way], one["kl"]) for one in found]
         summary[way] = {"mean": sum(values) / len(values), "range": [min(values), max(values)]}
         table.add_row(

@@ -51,6 +51,8 @@ DISTANCES = (400, 700, 1000, 2000)
 PLACES = ("garden", "office", "harbour", "library", "museum", "school", "station", "theatre")
 CODES = 3
 """In one conversation."""
+LEADS = ("\nThe code of the {} is", "\nOnce more: the code of the {} is")
+"""The two ways to ask."""
 WAYS = ("attention", "profile", "flat")
 
 
@@ -61,12 +63,12 @@ def opening(gen: random.Random) -> tuple[str, dict[str, str]]:
     return f"Please remember these codes. {facts}", codes
 
 
-def asked(tokenizer: Any, place: str, code: str) -> tuple[list[int], int]:
+def asked(tokenizer: Any, lead: str, place: str, code: str) -> tuple[list[int], int]:
     """Ids of the question and its answer, and how many of them are the answer.
 
     As the beginning of the sentence: asked in the words of a chat, SmolLM2-135M recalls none.
     """
-    lead = tokenizer(f"\nThe code of the {place} is")["input_ids"]
+    lead = tokenizer(lead.format(place))["input_ids"]
     answer = tokenizer(f" {code}")["input_ids"]
     return [*lead, *answer], len(answer)
 
@@ -79,6 +81,7 @@ def compare(
     filler: Sequence[int],
     seed: int,
     budget: float,
+    ways: Sequence[str],
 ) -> list[dict[str, Any]]:
     """One row a code: KL and whether it was recalled, by way."""
     gen = random.Random(seed)
@@ -93,43 +96,56 @@ def compare(
     attention = codes_of_maps(attention_rows(model, ids, k, v), SINKS).numpy().tobytes()
     plain = Strategy("predictive")
     flat = bytes([FACTORS.index(1.0)]) * len(ids)
-    chosen = dict(
-        zip(
-            WAYS,
-            (replace(plain, attention=attention), plain, replace(plain, classes=flat)),
-            strict=True,
-        )
-    )
+    chosen = {
+        "attention": replace(plain, attention=attention),
+        "profile": plain,
+        "flat": replace(plain, classes=flat),
+    }
     caches, sizes = {"full": (k, v)}, {}
     step = codec.profile.step_for(budget)
-    for way, strategy in chosen.items():
+    for way in ways:
+        strategy = chosen[way]
         encode = lambda step, s=strategy: codec.encode_at(run, s, step)[0]  # noqa: E731
         if sizes:
-            payload, _ = encode_in(encode, step, sizes["attention"])
+            payload, _ = encode_in(encode, step, sizes[ways[0]])
         else:
             payload = encode(step)
         sizes[way] = len(payload)
         layers = list(codec.open(payload).layers(0, run.tokens))
         rk, rv = (torch.stack(list(part)) for part in zip(*layers, strict=True))
         caches[way] = rk, rv
+    ratio = {way: run.nbytes / sizes[way] for way in ways}
     rows = []
     for place, code in codes.items():
-        question, digits = asked(tokenizer, place, code)
-        logits = {
-            way: continuation_logits(model, rk, rv, question) for way, (rk, rv) in caches.items()
-        }
-        right = torch.tensor(question[-digits:])
-        recalled = {
-            way: bool((own[-digits - 1 : -1].argmax(-1) == right).all())
-            for way, own in logits.items()
-        }
-        kl = {
-            way: float(divergence(logits["full"], logits[way], question).kl.mean()) for way in WAYS
-        }
-        rows.append(
-            {"recalled": recalled, "kl": kl, "ratio": {w: run.nbytes / sizes[w] for w in WAYS}}
-        )
+        recalled: dict[str, list[bool]] = {way: [] for way in caches}
+        kl = dict.fromkeys(ways, 0.0)
+        for lead in LEADS:
+            question, digits = asked(tokenizer, lead, place, code)
+            logits = {
+                way: continuation_logits(model, rk, rv, question)
+                for way, (rk, rv) in caches.items()
+            }
+            right = torch.tensor(question[-digits:])
+            for way, own in logits.items():
+                recalled[way].append(bool((own[-digits - 1 : -1].argmax(-1) == right).all()))
+            for way in ways:
+                own = divergence(logits["full"], logits[way], question).kl.mean()
+                kl[way] += float(own) / len(LEADS)
+        rows.append({"recalled": recalled, "kl": kl, "ratio": ratio})
     return rows
+
+
+def recall(rows: Sequence[dict[str, Any]], way: str) -> tuple[int, int]:
+    """Answers that are right, and of how many: each code that the full cache recalls, asked in
+    one way, counts where it is asked in the other."""
+    last = len(LEADS) - 1
+    found = [
+        row["recalled"][way][last - lead]
+        for row in rows
+        for lead in range(len(LEADS))
+        if row["recalled"]["full"][lead]
+    ]
+    return sum(found), len(found)
 
 
 def main() -> None:
@@ -140,8 +156,16 @@ def main() -> None:
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--budget", type=float, default=0.01)
     parser.add_argument("--conversations", type=int, default=72)
+    parser.add_argument(
+        "--ways",
+        default=",".join(WAYS),
+        help=f"some of {', '.join(WAYS)}, in the first one's bytes",
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    ways = options.ways.split(",")
+    if not set(ways) <= set(WAYS):
+        raise ValueError(f"--ways {options.ways}: expected some of {', '.join(WAYS)}")
     path = options.profile or ensure(options.model, 1, print)
     model, tokenizer = load_model(options.model)
     codec = PredictiveCodec(spec_of(model), load_ranks(options.model, path, 1)[0])
@@ -154,26 +178,29 @@ def main() -> None:
         distance = DISTANCES[seed % len(DISTANCES)]
         fitting = [ids for ids in texts if len(ids) >= distance]
         filler = fitting[seed // len(DISTANCES) % len(fitting)][:distance]
-        for row in compare(model, tokenizer, codec, filler, seed, options.budget):
+        for row in compare(model, tokenizer, codec, filler, seed, options.budget, ways):
             found.append({"distance": distance, **row})
         if options.json:
             options.json.write_text(
                 json.dumps({"budget": options.budget, "cases": found}, indent=1)
             )
-    table = Table("tokens between", "cases", "recalled in full", *WAYS, *(f"KL {w}" for w in WAYS))
+    columns = (*(f"recalled, {way}" for way in ("full", *ways)), *(f"KL {w}" for w in ways))
+    table = Table("tokens between", "codes", "cases", *columns)
     for distance in (*DISTANCES, None):
         own = [row for row in found if distance in (row["distance"], None)]
-        known = [row for row in own if row["recalled"]["full"]]
-        recall = [f"{sum(r['recalled'][w] for r in known) / max(1, len(known)):.1%}" for w in WAYS]
-        kl = [f"{sum(r['kl'][w] for r in own) / len(own):.5f}" for w in WAYS]
-        table.add_row(str(distance or "all"), str(len(own)), str(len(known)), *recall, *kl)
+        counts = [recall(own, way) for way in ("full", *ways)]
+        share = [f"{right} ({right / max(1, cases):.1%})" for right, cases in counts]
+        kl = [f"{sum(r['kl'][w] for r in own) / len(own):.5f}" for w in ways]
+        table.add_row(str(distance or "all"), str(len(own)), str(counts[0][1]), *share, *kl)
     console.print(table)
-    for way in WAYS[1:]:
-        ratios = [math.log(r["kl"]["attention"] / r["kl"][way]) for r in found]
+    stored = sum(1 / row["ratio"][ways[0]] for row in found) / len(found)
+    console.print(f"stored bytes: {1 / stored:.2f} times fewer")
+    for way in ways[1:]:
+        ratios = [math.log(r["kl"][ways[0]] / r["kl"][way]) for r in found]
         low, high = (math.exp(x) for x in interval(ratios))
         mean = math.exp(sum(ratios) / len(ratios))
         console.print(
-            f"KL of attention against {way}: {mean:.2f} times (95 %: {low:.2f} - {high:.2f})"
+            f"KL of {ways[0]} against {way}: {mean:.2f} times (95 %: {low:.2f} - {high:.2f})"
         )
 
 

@@ -1,9 +1,9 @@
 """Calibration: from a model's directory to its profile.
 
-Three passes over some twenty sequences of 900 tokens: sampled KV and gradients of what
-the model itself expects next, and of their being quoted; the fit; and the measured
-divergence of the finished codec on sequences that the fit did not see, which maps a quality
-budget to a step.
+Four passes over some twenty sequences of 900 tokens: sampled KV and gradients of what
+the model itself expects next, and of their being quoted; what each layer's errors really cost,
+by a rough fit; the fit; and the measured divergence of the finished codec on sequences that the
+fit did not see, which maps a quality budget to a step.
 """
 
 from __future__ import annotations
@@ -17,26 +17,21 @@ from typing import Any
 
 import torch
 
-from krul_sglang.codec.base import KVRun, KVSpec
-from krul_sglang.codec.guard import Measured, quarters
-from krul_sglang.codec.predictive import ROUNDING, PredictiveCodec
+from krul_sglang.codec.guard import quarters
+from krul_sglang.codec.predictive import ROUNDING
 from krul_sglang.profile.base import Profile, ProfileError
 from krul_sglang.profile.conversations import chat_ids, generate_conversations, technical_texts
 from krul_sglang.profile.file import fingerprint, save_profile
 from krul_sglang.profile.fit import Samples, fit
 from krul_sglang.profile.importance import kv_gradients, quotations
 from krul_sglang.profile.rope import Rope, rope_of
+from krul_sglang.profile.sensitivity import corrections, layer_costs
 from krul_sglang.profile.threads import Threads
-from krul_sglang.quality.forward import (
-    attention_rows,
-    continuation_logits,
-    divergence,
-    history_kv,
-    load_model,
-)
+from krul_sglang.profile.trial import Trial, heads_of
+from krul_sglang.quality.forward import attention_rows, history_kv, load_model
 from krul_sglang.similarity.estimate import codes_of_maps
 from krul_sglang.similarity.levels import levels_of
-from krul_sglang.strategy.base import SINKS, Strategy
+from krul_sglang.strategy.base import SINKS
 
 HISTORY = 800
 CONTINUATION = 100
@@ -48,6 +43,9 @@ CUTS = (350, 500, 650, HISTORY)
 """Where a held-out sequence is continued from what was restored. Divergence hardly depends on
 how much that is, but it falls with the distance from it: so many short continuations."""
 HELD_CHATS, HELD_PROSE = 4, 2
+ASKED, ASKED_CUTS, ASKED_NEXT = 4, (500,), 40
+"""Fitted sequences on which each layer alone is restored, where they are continued then, and by
+how many tokens."""
 GENERATED, ANSWER = 64, 140
 """Conversations that the model is asked for, and the longest answer in tokens."""
 NOMINAL_KL = 0.0026
@@ -124,15 +122,21 @@ def _calibrate(
     layers, dim = samples[0].x.shape[0], samples[0].x.shape[2]
     # What uniform noise of one step would cost; two corrections follow.
     step = (24 * 6 * NOMINAL_KL / (HISTORY * layers * dim)) ** 0.5
-    step *= (NOMINAL_KL / fit(samples[::4], step, ROUNDING)[1]) ** (1 / 1.5)
+    rough, expected = fit(samples[::4], step, ROUNDING)
+    step *= (NOMINAL_KL / expected) ** (1 / 1.5)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     v_head_dim = (dim - samples[0].keys) * head_dim // samples[0].keys
     shape = (samples[0].keys // head_dim, head_dim, v_head_dim)
-    trials = [_Trial(model, ids, tp_rank, shape[0]) for ids in held]
-    compared = [_Trial(model, ids, tp_rank, shape[0]) for ids in others]
+    asked = [Trial(model, ids, tp_rank, shape[0], ASKED_CUTS, ASKED_NEXT) for ids in fitted[:ASKED]]
+    draft = Profile(*shape, model_rope, rough, (), marks)
+    costs = layer_costs(asked, draft, step, lambda done: tell("asking layers", 0.65 + 0.1 * done))
+    trials, compared = (
+        [Trial(model, ids, tp_rank, shape[0], CUTS, CONTINUATION) for ids in part]
+        for part in (held, others)
+    )
     for attempt in range(REFITS):
-        tell("fitting", 0.7 + 0.15 * attempt / REFITS)
-        maps, _ = fit(samples, step, ROUNDING)
+        tell("fitting", 0.75 + 0.1 * attempt / REFITS)
+        maps, _ = fit(samples, step, ROUNDING, corrections(costs))
         draft = Profile(*shape, model_rope, maps, (), marks)
         kl = trials[0].kl(draft, step)
         if trials[0].kl(draft, step * CURVE[0]) > 0.6 * kl:
@@ -187,13 +191,6 @@ def _sequences(
     return left[:FITTED], held or left[-1:], others
 
 
-def _heads(x: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """The KV heads that tensor parallel rank ``rank`` holds."""
-    share = max(1, x.shape[2] // size)
-    first = rank * x.shape[2] // size
-    return x[:, :, first : first + share]
-
-
 def _sample(
     model: Any, ids: Sequence[int], rope: Rope, generator: torch.Generator, rank: int, size: int
 ) -> Samples:
@@ -201,7 +198,7 @@ def _sample(
     tables = rope.tables(0, HISTORY)
 
     def join(k: torch.Tensor, v: torch.Tensor, undo: Callable[..., torch.Tensor]) -> torch.Tensor:
-        k, v = _heads(k, rank, size), _heads(v, rank, size)
+        k, v = heads_of(k, rank, size), heads_of(v, rank, size)
         k = torch.stack([undo(layer, tables) for layer in k])
         return torch.cat([k.flatten(2), v.flatten(2)], 2)[:, SINKS:]
 
@@ -214,7 +211,7 @@ def _sample(
 
     going_on = [draw(ids[HISTORY:]) for _ in range(DRAWS)]
     quoted = [draw(quotations(ids[SINKS:HISTORY], generator)) for _ in range(DRAWS)]
-    keys = _heads(k, rank, size)[0, 0].numel()
+    keys = heads_of(k, rank, size)[0, 0].numel()
     codes = _attention(model, ids[:HISTORY], k, v, rank, size)
     levels = None if codes is None else levels_of(codes)[:, SINKS:]
     return Samples(join(k, v, rope.undo), torch.stack(going_on), torch.stack(quoted), keys, levels)
@@ -233,53 +230,10 @@ def _attention(
     return codes_of_maps(rows[:, rank * heads : (rank + 1) * heads], SINKS)
 
 
-class _Trial:
-    """One held-out sequence: its cache, and the logits it gives unrestored."""
-
-    def __init__(self, model: Any, ids: Sequence[int], rank: int, kv_heads: int) -> None:
-        self.model, self.rank, self.ids = model, rank, ids
-        self.k, self.v = history_kv(model, ids[:HISTORY])
-        self.ranks = max(1, self.k.shape[2] // kv_heads)
-        self.full = [self._continue(self.k, self.v, cut) for cut in CUTS]
-
-    def _continue(self, k: torch.Tensor, v: torch.Tensor, cut: int) -> torch.Tensor:
-        following = self.ids[cut : cut + CONTINUATION]
-        return continuation_logits(self.model, k[:, :cut], v[:, :cut], following).detach()
-
-    def kl(self, profile: Profile, step: float) -> float:
-        """Mean KL (nats) of continuing from what the codec restores at ``step``."""
-        return self.cost(profile, step)[0]
-
-    def cost(self, profile: Profile, step: float) -> tuple[float, Measured]:
-        """The same, and what the encoder itself could see."""
-        codec, payload, measured = self._encode(profile, step)
-        rk, rv = self.k.clone(), self.v.clone()
-        for layer, (own_k, own_v) in enumerate(codec.open(payload).layers(0, HISTORY)):
-            _heads(rk, self.rank, self.ranks)[layer] = own_k
-            _heads(rv, self.rank, self.ranks)[layer] = own_v
-        kl = []
-        for cut, full in zip(CUTS, self.full, strict=True):
-            following = self.ids[cut : cut + CONTINUATION]
-            restored = self._continue(rk, rv, cut)
-            kl.append(float(divergence(full, restored, following).kl.mean()))
-        return _mean(kl), measured
-
-    def measured(self, profile: Profile, step: float) -> Measured:
-        """Only what the encoder could see."""
-        return self._encode(profile, step)[2]
-
-    def _encode(self, profile: Profile, step: float) -> tuple[PredictiveCodec, bytes, Measured]:
-        kinds = (profile.kv_heads, profile.head_dim, profile.v_head_dim)
-        codec = PredictiveCodec(KVSpec(len(profile.layers), *kinds, "float32"), profile)
-        own = [_heads(x, self.rank, self.ranks) for x in (self.k, self.v)]
-        strategy = Strategy("predictive")
-        return codec, *codec.encode_at(KVRun(own[0], own[1], 0), strategy, step)
-
-
 def _measure_curve(
     profile: Profile,
-    trials: Sequence[_Trial],
-    others: Sequence[_Trial],
+    trials: Sequence[Trial],
+    others: Sequence[Trial],
     step: float,
     tell: Callable[[float], None],
 ) -> tuple[list[tuple[float, float, float]], list[float]]:

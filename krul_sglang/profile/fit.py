@@ -9,7 +9,7 @@ sensitivities of the layers need no table of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,12 +135,13 @@ def fit(
     samples: Sequence[Samples],
     step: float,
     rounding: float,
-    on_layer: Callable[[int], None] | None = None,
+    corrections: Sequence[float] | None = None,
 ) -> tuple[list[LayerMaps], float]:
     """Maps of all layers at a nominal ``step``, and the mean KL (nats) that the metric
     predicts for it on the samples themselves, a history of their length being restored.
 
-    rounding: what is added before truncation when quantizing (0.5 = nearest).
+    rounding: what is added before truncation when quantizing (0.5 = nearest). corrections: what
+    each layer's metric is multiplied with (:mod:`.sensitivity`).
     """
     layers, _, dim = samples[0].x.shape
     history = sum(s.x.shape[1] for s in samples) / len(samples)
@@ -151,6 +152,8 @@ def fit(
     for layer in range(layers):
         x = torch.cat([s.x[layer] for s in samples]).float()
         metric = metrics(samples, layer)
+        if corrections is not None:
+            metric *= corrections[layer]
         # What a unit of error in the metric of the layer below is in its coordinates.
         noise = (NOISE * step) ** 2 * unroot @ unroot if layer else None
         root, unroot = _root(metric, samples[0].keys)
@@ -181,6 +184,4 @@ def fit(
         kept = sigma[:keep].float()
         guesses = _token_weights(samples, layer, inverse, x)
         out.append(LayerMaps(bias.float(), down, up, forward, inverse, kept, *guesses))
-        if on_layer:
-            on_layer(layer)
     return out, kl

@@ -90,6 +90,32 @@ def continuation_logits(
     ]
 
 
+@torch.no_grad()
+def logits_by_layer(
+    model: Any,
+    cache: tuple[torch.Tensor, torch.Tensor],
+    other: tuple[torch.Tensor, torch.Tensor],
+    ids: Sequence[int],
+    layers: Sequence[int],
+) -> torch.Tensor:
+    """Logits ``[len(layers), len(ids), vocab]`` of ``ids`` fed after a cache ``(k, v)`` in which
+    one layer, each of ``layers`` in turn, is that of another. All at once, in one batch."""
+    from transformers import DynamicCache
+
+    batch = DynamicCache()
+    for layer in range(len(cache[0])):
+        both = []
+        for own, theirs in zip(cache, other, strict=True):
+            rows = own[layer].transpose(0, 1).float().expand(len(layers), -1, -1, -1)
+            if layer in layers:
+                rows = rows.clone()
+                rows[layers.index(layer)] = theirs[layer].transpose(0, 1)
+            both.append(rows)
+        batch.update(both[0], both[1], layer)
+    fed = torch.tensor([list(ids)] * len(layers))
+    return model(fed, past_key_values=batch, use_cache=True).logits
+
+
 def cache_of(k: torch.Tensor, v: torch.Tensor) -> Any:
     from transformers import DynamicCache
 

@@ -4,6 +4,7 @@ restores."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def heads_of(x: torch.Tensor, rank: int, size: int) -> torch.Tensor:
 
 
 class Trial:
-    """One sequence: its cache, and the logits it gives unrestored."""
+    """One sequence and its cache."""
 
     def __init__(
         self,
@@ -50,7 +51,11 @@ class Trial:
         self.cuts, self.following, self.history = cuts, following, max(cuts)
         self.k, self.v = history_kv(model, ids[: self.history])
         self.ranks = max(1, self.k.shape[2] // kv_heads)
-        self.full = [self._continue(self.k, self.v, cut) for cut in cuts]
+
+    @cached_property
+    def full(self) -> list[torch.Tensor]:
+        """Logits after the cache as it is, by cut."""
+        return [self._continue(self.k, self.v, cut) for cut in self.cuts]
 
     def _continue(self, k: torch.Tensor, v: torch.Tensor, cut: int) -> torch.Tensor:
         following = self.ids[cut : cut + self.following]

@@ -118,9 +118,11 @@ def test_finished_requests_say_what_they_attended_to(lossy_server):
 
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(ask, range(0, 400, 100)))
-        body = {"input_ids": [5] * 60, "sampling_params": {"max_new_tokens": 2000}}
-        with pytest.raises(requests.exceptions.Timeout):
-            requests.post(lossy_server.url + "/generate", json=body, timeout=2)
+        sampling = {"max_new_tokens": 2000, "ignore_eos": True}
+        body = {"input_ids": [5] * 60, "sampling_params": sampling, "stream": True}
+        url = lossy_server.url + "/generate"
+        with requests.post(url, json=body, timeout=60, stream=True) as cut_off:
+            assert next(cut_off.iter_lines()).startswith(b"data:")
     assert all(answer["meta_info"]["completion_tokens"] == 24 for answer in answers)
     state = lossy_server.krul()
     assert state["measured_requests"] - before >= 4

@@ -17,6 +17,7 @@ from krul_sglang.store.disk.tier import DiskTier
 
 ENTRIES = 3000
 TURNS = 5
+LONG_AGO = 1_600_000_000
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.touch(0o600)
             os.truncate(path, name.size)
             parent = end
+    for shard in (root / "v1" / FINGERPRINT.hex()).iterdir():
+        os.utime(shard, (0, LONG_AGO))  # what has just changed is looked at again
     return root
 
 

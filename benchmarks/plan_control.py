@@ -1,6 +1,6 @@
 """Lets benchmarks/plan_choice.py steer a running server's planner, and look over its shoulder.
 
-A plugin that the server under measurement loads (:func:`as_plugin` brings it into its
+A plugin that the server under measurement loads (:mod:`server_plugin` brings it into its
 processes); it is no part of the package. The file named by ``PLAN_CONTROL_FILE`` holds an
 :class:`Order`; the next /server_info obeys it and removes it, then tells in ``plan_control``
 what was planned and computed since.
@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 ORDER_FILE = "PLAN_CONTROL_FILE"
@@ -119,11 +116,11 @@ class Control:
         if self._teach:
             self._learn(pending, trace)
 
-    def observe(self, prefill: Any, seconds: float) -> None:
+    def observe(self, prefill: Any, seconds: float, decoding: float) -> None:
         """Instead of ``ComputeCost.observe``: what a forward pass has cost."""
         self._pass_seconds.append(seconds)
         if self._teach:
-            self._observe(prefill, seconds)
+            self._observe(prefill, seconds, decoding)
 
 
 def _control_of(controller: Any) -> Control | None:
@@ -161,19 +158,3 @@ def register() -> None:
     )
     HookRegistry.register(target, obey, HookType.BEFORE)
     HookRegistry.register(target, tell, HookType.AFTER)
-
-
-@contextmanager
-def as_plugin() -> Iterator[dict[str, str]]:
-    """The environment in which SGLang finds this file as a plugin: a distribution of one module
-    in a temporary folder, away from its neighbours here, which could shadow packages."""
-    with TemporaryDirectory(prefix="plan-control-") as folder:
-        module = Path(__file__)
-        shutil.copy(module, folder)
-        about = Path(folder, f"{module.stem}-0.dist-info")
-        about.mkdir()
-        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module.stem}\nVersion: 0\n")
-        (about / "entry_points.txt").write_text(
-            f"[sglang.srt.plugins]\n{module.stem} = {module.stem}:register\n"
-        )
-        yield {"PYTHONPATH": folder, ORDER_FILE: str(Path(folder, "order.json"))}

@@ -36,6 +36,10 @@ passes of which one has 16 times the tokens."""
 LEAST = 64
 """Tokens below which a decode says more of what it costs to begin than of a token."""
 
+BESIDE = 0.2
+"""Share of a pass's seconds that decoders on its cores may work beside it for these to be its own,
+nearly. Beyond, they say what working side by side costs."""
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -130,12 +134,15 @@ class ComputeCost:
     bucket of shapes (powers of two of tokens and of keys a token, continued or not), which holds
     where the bucket's passes lay, and in between as their mean in logarithms, weighted by the
     inverse square of the distance.
+
+    beside: seconds that a pass takes longer for each that a decoder works on its cores meanwhile.
     """
 
     fixed: float
     token: float
     pair: float
     lessons: dict[tuple[int, ...], Lesson] = field(default_factory=dict)
+    beside: float = 0.0
 
     def _base(self, prefill: Prefill) -> Floats:
         cost = self.fixed + self.token * prefill.tokens + self.pair * prefill.pairs
@@ -154,8 +161,14 @@ class ComputeCost:
         weights = 1 / (apart + 0.01)
         return base * np.exp((weights * values).sum(-1) / weights.sum(-1))
 
-    def observe(self, prefill: Prefill, seconds: float) -> None:
-        """A pass of this shape took ``seconds``, waiting not counted."""
+    def observe(self, prefill: Prefill, seconds: float, decoding: float = 0.0) -> None:
+        """A pass of this shape took ``seconds``, waiting not counted. decoding: seconds that
+        threads decoded for it on cores that it shares."""
+        if decoding > BESIDE * seconds > 0:
+            slower = max(0.0, seconds - float(self.seconds(prefill))) / decoding
+            self.beside += WEIGHT * (slower - self.beside)
+            return
+        seconds -= self.beside * decoding
         base = float(self._base(prefill))
         if base <= 0 or seconds <= 0 or not float(prefill.tokens) > 0:
             return

@@ -11,7 +11,8 @@ and the pass ends at ``c_{L-1}``, plus what chunks after the first take: those f
 loaded. The planner tries ``p`` at every block and takes the earliest end, but loads everything
 where that ends no later to speak of, which leaves the most compute to others. Between the two it
 takes no such liberty: a little more to load is a little for the pass to wait for at every layer.
-Where decoders and the pass share cores, no plan ends before their work divided by the cores.
+Where decoders and the pass share cores, decoding slows the pass down, as much as it was seen to,
+and no plan ends before their work divided by the cores.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ class Planner:
         """For each p: seconds to the end of the pass, and the seconds of link, decoders and
         pass that the turn itself takes."""
         fetch, work = self._loading(turn, choices)
-        first, later = self._computing(turn, choices)
+        alone, later = self._computing(turn, choices)
+        first = alone + self.compute.beside * work
         threads = np.minimum(self.load.threads, np.maximum(1, len(turn.stored)))
         decode = work / threads
         ahead = self.ahead
@@ -149,7 +151,7 @@ class Planner:
             ready = np.maximum(ready, layer * f) + d
             end = np.maximum(end, ready) + c
         if self.cores is not None:
-            shared = work + ahead.decode * threads + first + ahead.compute
+            shared = work + ahead.decode * threads + alone + ahead.compute
             end = np.maximum(end, shared / self.cores)
         return end + later, (fetch, decode, first + later)
 

@@ -57,6 +57,11 @@ class LoadTrace:
         """Seconds of decoding, of all threads together."""
         return sum(self.codec_seconds.values())
 
+    def decode_seconds_since(self, began: float) -> float:
+        """The part of them after ``began``."""
+        spans = (span for layer in self.decodes for span in layer)
+        return sum(max(0.0, end - max(begin, began)) for begin, end in spans)
+
     @property
     def ended(self) -> float:
         """When the last tokens were written."""

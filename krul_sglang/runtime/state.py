@@ -129,6 +129,7 @@ def restoring(cache: Any) -> dict[str, Any]:
                 "fixed": planner.compute.fixed,
                 "token": planner.compute.token,
                 "pair": planner.compute.pair,
+                "beside": round(planner.compute.beside, 4),
             },
         },
     }

@@ -11,9 +11,6 @@ import numpy as np
 from krul_sglang.restore.cost import Prefill
 from krul_sglang.runtime.restoring import LIMIT, Pending, reads
 
-BESIDE = 0.2
-"""Share of a pass that decoders beside it may take: its seconds are then nearly its own."""
-
 
 def _cache_of(scheduler: Any) -> Any:
     cache = getattr(scheduler, "tree_cache", None)
@@ -35,11 +32,9 @@ def run_batch(original: Callable, scheduler: Any, batch: Any, *args: Any, **kwar
         forward = restores.end_pass()
     seconds = time.perf_counter() - forward.began - forward.wait_seconds
     failed = restores.settle(forward, int(new.sum()))
-    decoding = sum(load.trace.decode_seconds for load in loads)
-    # Beside busy decoders that share its cores a pass says what both cost. But only the passes
-    # of restores compute much on a long prefix, which costs other than from the beginning.
-    if cache.krul.pool.device.type == "cpu" and decoding <= BESIDE * seconds:
-        cache.krul.planner.compute.observe(Prefill.of_batch(new, before), seconds)
+    if cache.krul.pool.device.type == "cpu":
+        decoding = sum(load.trace.decode_seconds_since(forward.began) for load in loads)
+        cache.krul.planner.compute.observe(Prefill.of_batch(new, before), seconds, decoding)
     if failed:
         _start_anew(scheduler, cache, batch, failed)
     if loads:

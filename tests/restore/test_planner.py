@@ -37,6 +37,7 @@ def simulated(p: Planner, one: Turn, choice: int) -> float:
     decode /= min(p.load.threads, len(one.stored))
     tokens = one.end - choice + one.new
     first = tokens if p.chunk is None else min(tokens, p.chunk)
+    slower = p.compute.beside * work
 
     def compute(new: float, before: float) -> float:
         return float(p.compute.seconds(Prefill.of(new, before)))
@@ -45,7 +46,8 @@ def simulated(p: Planner, one: Turn, choice: int) -> float:
     for _ in range(p.layers):
         arrived += (fetch + p.ahead.fetch) / p.layers
         ready = max(ready, arrived) + (decode + p.ahead.decode) / p.layers
-        ended = max(ended, ready) + (compute(first, choice) + p.ahead.compute) / p.layers
+        pass_seconds = compute(first, choice) + slower + p.ahead.compute
+        ended = max(ended, ready) + pass_seconds / p.layers
     if p.cores is not None:
         ended = max(ended, (work + compute(first, choice) + p.ahead.compute) / p.cores)
     at = choice + first
@@ -65,9 +67,13 @@ def simulated(p: Planner, one: Turn, choice: int) -> float:
     new=st.integers(1, 900),
     cores=st.sampled_from([None, 1, 2]),
     ahead=st.floats(0, 1),
+    beside=st.floats(0, 1),
 )
-def test_the_choice_is_the_best_there_is(link, decode, token, runs, new, cores, ahead) -> None:
+def test_the_choice_is_the_best_there_is(
+    link, decode, token, runs, new, cores, ahead, beside
+) -> None:
     own = planner(link, decode, token, cores=cores)
+    own.compute.beside = beside
     own.ahead = Ahead(fetch=ahead, compute=ahead / 2)
     one = turn(runs=runs, new=new)
     plan = own.plan(one)
@@ -232,6 +238,28 @@ def test_a_few_tokens_do_not_pass_for_what_tokens_cost() -> None:
     load.observe_decode("predictive", 1000, 1.0)
     assert load.decode_seconds("predictive", 10) == pytest.approx(1e-2)
     assert load.decode_seconds("unknown", 10) == pytest.approx(1e-2), "as the slowest known"
+
+
+def test_what_decoding_costs_a_pass_on_the_same_cores_is_learnt() -> None:
+    """64 new tokens take 64 ms alone; each decoder's second costs them 0.7 more."""
+    own = planner(link=1e-12, decode=2e-4)
+    shape = Prefill.of(64.0, float(turn().end))
+    decoding = 2e-4 * 2048
+    alone = float(own.compute.seconds(shape))
+    before = own.plan(turn())
+    for _ in range(5):
+        own.compute.observe(shape, alone + 0.7 * decoding, decoding)
+    assert own.compute.beside == pytest.approx(0.7, rel=0.05)
+    assert own.compute.seconds(shape) == pytest.approx(alone), "the pass itself costs what it did"
+    after = own.plan(turn())
+    assert before.load == after.load == turn().end
+    assert after.seconds == pytest.approx(alone + 0.7 * decoding, rel=0.1)
+    own.compute.observe(shape, 2 * alone, 0.1 * alone)
+    assert own.compute.seconds(shape) > alone, "beside little decoding a pass tells of itself"
+    # Faster than alone: nothing negative is learnt.
+    for _ in range(9):
+        own.compute.observe(shape, 0.1 * alone, decoding)
+    assert 0 <= own.compute.beside < 0.01
 
 
 def test_what_continues_something_is_learnt_apart() -> None:

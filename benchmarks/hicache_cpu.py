@@ -1,6 +1,6 @@
 """What SGLang's HiCache needs to run without an accelerator, and a link of a given bandwidth.
 
-A plugin that servers under measurement load (:func:`as_plugin` brings it into their processes);
+A plugin that servers under measurement load (:mod:`server_plugin` brings it into their processes);
 it is no part of the package. The copies between the device pool and the host pool are CUDA
 kernels; here they are indexing. ``HICACHE_LINK_BANDWIDTH`` (bytes a second) throttles
 
@@ -13,13 +13,9 @@ kernels; here they are indexing. ``HICACHE_LINK_BANDWIDTH`` (bytes a second) thr
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable, Sequence
 from typing import Any
 
 BANDWIDTH = "HICACHE_LINK_BANDWIDTH"
@@ -113,19 +109,3 @@ def register() -> None:
         HookRegistry.register(engine, load, HookType.AROUND)
         HookRegistry.register(event, wait, HookType.BEFORE)
         HookRegistry.register(f"{cache}.hicache_storage.HiCacheFile.get", read, HookType.AROUND)
-
-
-@contextmanager
-def as_plugin() -> Iterator[dict[str, str]]:
-    """The environment in which SGLang finds this file as a plugin: a distribution of one module
-    in a temporary folder, away from its neighbours here, which could shadow packages."""
-    with TemporaryDirectory(prefix="hicache-cpu-") as folder:
-        module = Path(__file__)
-        shutil.copy(module, folder)
-        about = Path(folder, f"{module.stem}-0.dist-info")
-        about.mkdir()
-        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module.stem}\nVersion: 0\n")
-        (about / "entry_points.txt").write_text(
-            f"[sglang.srt.plugins]\n{module.stem} = {module.stem}:register\n"
-        )
-        yield {"PYTHONPATH": folder}

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
@@ -20,6 +21,7 @@ from plan_control import Order
 from restore_cells import Bandwidth
 from restore_peers import Peer, Shape
 from restore_run import Prompts
+from server_plugin import as_plugin
 
 ANSWER = 1
 """Tokens generated: only the first is timed."""
@@ -78,7 +80,11 @@ class Steered(Peer):
     @contextmanager
     def up(cls, plan: Plan) -> Iterator[Steered]:
         """Raises ServerFailedError."""
-        with plan_control.as_plugin() as env, patch.dict(os.environ, env):
+        with (
+            TemporaryDirectory(prefix="plan-orders-") as folder,
+            as_plugin(plan_control) as env,
+            patch.dict(os.environ, {**env, plan_control.ORDER_FILE: f"{folder}/order.json"}),
+        ):
             server = cls(
                 plan.policy,
                 plan.model,
@@ -89,7 +95,7 @@ class Steered(Peer):
                 profile=plan.profile,
                 plugin={},  # the environment above reaches every child
             )
-            server.orders = Path(env[plan_control.ORDER_FILE])
+            server.orders = Path(folder, "order.json")
             try:
                 server.start()
                 yield server

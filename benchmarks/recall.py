@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--budget", type=float, default=0.01)
     parser.add_argument("--conversations", type=int, default=72)
+    parser.add_argument("--first", type=int, default=0, help="number of the first of them")
     parser.add_argument(
         "--ways",
         default=",".join(WAYS),
@@ -174,7 +175,8 @@ def main() -> None:
         for chat in read_conversations(options.texts)
     ]
     console, found = Console(), []
-    for seed in track(range(options.conversations), console=console):
+    seeds = range(options.first, options.first + options.conversations)
+    for seed in track(seeds, console=console):
         distance = DISTANCES[seed % len(DISTANCES)]
         fitting = [ids for ids in texts if len(ids) >= distance]
         filler = fitting[seed // len(DISTANCES) % len(fitting)][:distance]

@@ -114,7 +114,7 @@ class Peer:
         plugin: Mapping[str, str],
     ) -> None:
         """bandwidth: bytes a second, None for memory itself. recompute: --krul-recompute where
-        the policy may. plugin: :func:`hicache_cpu.as_plugin`."""
+        the policy may. plugin: hicache_cpu as one, see :mod:`server_plugin`."""
         self.policy = policy
         self.shape = shape
         self._files = TemporaryDirectory(prefix="kept-kv-")

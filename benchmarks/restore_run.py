@@ -17,6 +17,7 @@ from restore_cells import UNTHROTTLED, Bandwidth, Cell, Results, agreement, time
 from restore_peers import HICACHE, KRUL, RECOMPUTE, Answer, Peer, Shape, token_bytes
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from server_plugin import as_plugin
 
 from krul_sglang.live_server import ServerFailedError
 
@@ -110,7 +111,7 @@ class Benchmark:
         """Measure every cell that the file does not have yet."""
         todo = {history: self._requests(history) for history in self.plan.histories}
         self._bar.update(self._task, total=sum(h * count for h, count in todo.items()))
-        with hicache_cpu.as_plugin() as self._plugin, self._bar:
+        with as_plugin(hicache_cpu) as self._plugin, self._bar:
             for history, count in todo.items():
                 if count:
                     self._measure_history(history)

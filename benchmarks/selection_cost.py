@@ -1,13 +1,15 @@
-"""What measuring attention costs while a server generates.
+"""What measuring attention costs a server: while it generates, and when it evicts.
 
     python benchmarks/selection_cost.py --model DIR --json cost.json
 
-Two servers with the default policy, `--krul-attention on` and `off`, are asked the same
-conversations turn by turn, the order alternating: one turn of either lies seconds apart, and
-what else the machine does falls on both. A conversation is a few turns of random prompt tokens
-with greedy answers. Compared are a turn's seconds, from sending the request to its last token,
-and the CPU seconds that the server's processes took for it, until they were idle again; and the
-two servers' totals, with an interval of 95 % from drawing whole conversations anew (bootstrap).
+One server with the default policy. A conversation is a few turns of random prompt tokens with
+greedy answers, and is held twice, turn by turn in alternating order: once as it is, and once with
+the taps switched off. One process serves both, a few seconds apart, because two servers of the
+same flags already differ by more than what is looked for. Compared are a turn's seconds, from
+sending the request to its last token, and the CPU seconds the server took for it until it was
+idle again. After the last turn both conversations are evicted, one by one: the CPU seconds until
+each is encoded and the server idle say what choosing by attention costs the encoder. Totals come
+with an interval of 95 % from drawing whole conversations anew (bootstrap).
 """
 
 from __future__ import annotations
@@ -18,98 +20,152 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
+import attention_switch
 import psutil
 from rich.console import Console
 from rich.progress import track
+from server_plugin import as_plugin
 
 from krul_sglang.live_server import LiveServer, ServerFailedError
 from krul_sglang.profile.locate import ensure
 
-
-def cpu_seconds(server: LiveServer) -> float:
-    """Of all its processes, since they began."""
-    assert server.process is not None
-    root = psutil.Process(server.process.pid)
-    times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
-    return sum(own.user + own.system for own in times)
+SIDES = ("measured", "unmeasured")
 
 
-def settled(server: LiveServer) -> float:
-    """CPU seconds once the server has nothing left to do: what it does behind a request counts
-    for that request, and must not slow the other server's."""
-    used = cpu_seconds(server)
-    while True:
-        time.sleep(0.5)
-        now = cpu_seconds(server)
-        if now - used < 0.05:
-            return now
-        used = now
+class Turn(NamedTuple):
+    """What one request took: seconds, and CPU seconds of the server's processes."""
+
+    wall: float
+    cpu: float
 
 
-Turn = tuple[float, float]
-"""Seconds one request took, and CPU seconds."""
+class Conversation(NamedTuple):
+    """By side: what its turns took, and the CPU seconds of evicting it."""
+
+    turns: Sequence[dict[str, Turn]]
+    evicted: dict[str, float]
 
 
-def converse(
-    servers: dict[str, LiveServer], seed: int, turns: int, prompt: int, answer: int
-) -> list[dict[str, Turn]]:
-    """One conversation with each server: by turn, what it took either."""
-    gen = random.Random(seed)
-    histories: dict[str, list[int]] = {name: [] for name in servers}
-    taken = []
-    for turn in range(turns):
-        said = [gen.randrange(1000, 40000) for _ in range(prompt)]
-        names = list(servers) if (seed + turn) % 2 else list(reversed(servers))
-        spent = {}
-        for name in names:
-            server, history = servers[name], histories[name]
-            history += said
-            began, used = time.perf_counter(), cpu_seconds(server)
-            history += server.generate(history, answer)["output_ids"]
-            seconds = time.perf_counter() - began
-            spent[name] = seconds, settled(server) - used
-        taken.append(spent)
-    return taken
+class Switched:
+    """A server whose taps can be switched off."""
+
+    def __init__(self, server: LiveServer, orders: Path) -> None:
+        self._server, self._orders = server, orders
+
+    def order(self, measured: bool, evict: int = 0) -> None:
+        """What holds from now on, and how many tokens leave the device. Raises OSError."""
+        self._orders.write_text(json.dumps({"measured": measured, "evict": evict}))
+        self._server.krul()
+        if self._orders.exists():
+            raise OSError("the server does not take orders")
+
+    def cpu_seconds(self) -> float:
+        """Of all its processes, since they began."""
+        assert self._server.process is not None
+        root = psutil.Process(self._server.process.pid)
+        times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
+        return sum(own.user + own.system for own in times)
+
+    def settled(self) -> float:
+        """CPU seconds once the server has nothing left to do: what it does behind a request
+        counts for that request."""
+        used = self.cpu_seconds()
+        while True:
+            time.sleep(0.5)
+            now = self.cpu_seconds()
+            if now - used < 0.05:
+                return now
+            used = now
+
+    def converse(self, seed: int, turns: int, prompt: int, answer: int) -> Conversation:
+        """One conversation on either side, and its eviction."""
+        gen = random.Random(seed)
+        histories: dict[str, list[int]] = {side: [] for side in SIDES}
+        taken = []
+        order = list(SIDES)
+        for turn in range(turns):
+            order = list(SIDES) if (seed + turn) % 2 else list(reversed(SIDES))
+            spent = {}
+            for side in order:
+                history = histories[side]
+                history += [gen.randrange(1000, 40000) for _ in range(prompt)]
+                self.order(side == "measured")
+                used = self.settled()
+                began = time.perf_counter()
+                said = self._server.generate(history, answer, ignore_eos=True)
+                history += said["output_ids"]
+                seconds = time.perf_counter() - began
+                spent[side] = Turn(seconds, self.settled() - used)
+            taken.append(spent)
+        evicted = {}
+        for side in order:  # the one that has not been used for longest leaves first
+            used = self.settled()
+            self.order(True, evict=len(histories[side]) - 1)
+            evicted[side] = self.settled() - used
+        return Conversation(taken, evicted)
 
 
-def compare(conversations: list[list[dict[str, Turn]]], index: int) -> dict[str, Any]:
-    """Ratios of on to off: of each turn, and of all together with their interval."""
-    turns = [turn for conversation in conversations for turn in conversation]
-    ratios = sorted(turn["on"][index] / turn["off"][index] for turn in turns)
+def ratio(pairs: Sequence[Sequence[dict[str, float]]]) -> dict[str, Any]:
+    """Measured to unmeasured, of conversations' pairs: each, and all together with interval."""
+    ratios = sorted(own["measured"] / own["unmeasured"] for each in pairs for own in each)
 
-    def overall(drawn: list[list[dict[str, Turn]]]) -> float:
-        on, off = (
-            sum(turn[name][index] for conversation in drawn for turn in conversation)
-            for name in ("on", "off")
-        )
-        return on / off
+    def overall(drawn: Sequence[Sequence[dict[str, float]]]) -> float:
+        measured, unmeasured = (sum(own[side] for each in drawn for own in each) for side in SIDES)
+        return measured / unmeasured
 
     gen = random.Random(0)
-    again = sorted(overall(gen.choices(conversations, k=len(conversations))) for _ in range(2000))
+    again = sorted(overall(gen.choices(pairs, k=len(pairs))) for _ in range(2000))
     return {
-        "turns_median": statistics.median(ratios),
-        "turns_quartiles": statistics.quantiles(ratios, n=4),
-        "total": overall(conversations),
+        "median": statistics.median(ratios),
+        "range": [ratios[0], ratios[-1]],
+        "total": overall(pairs),
         "total_95": [again[50], again[-51]],
+    }
+
+
+def conclude(found: Sequence[Conversation]) -> dict[str, Any]:
+    """The ratios: of turns' seconds, of turns' CPU seconds, and of everything's CPU seconds."""
+
+    def turns(name: str) -> list[list[dict[str, float]]]:
+        return [
+            [{side: getattr(turn[side], name) for side in SIDES} for turn in own.turns]
+            for own in found
+        ]
+
+    whole = [[*cpu, own.evicted] for cpu, own in zip(turns("cpu"), found, strict=True)]
+    together = [[{side: sum(part[side] for part in parts) for side in SIDES}] for parts in whole]
+    return {
+        "turn_seconds": ratio(turns("wall")),
+        "turn_cpu_seconds": ratio(turns("cpu")),
+        "eviction_cpu_seconds": ratio([[own.evicted] for own in found]),
+        "all_cpu_seconds": ratio(together),
     }
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--profile", type=Path)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--turns", type=int, default=4)
-    parser.add_argument("--prompt", type=int, default=150, help="new tokens a turn")
-    parser.add_argument("--answer", type=int, default=100, help="tokens of each answer")
+    parser.add_argument("--rounds", type=int, default=6, help="conversations; default 6")
+    parser.add_argument("--turns", type=int, default=4, help="of each; default 4")
+    parser.add_argument("--prompt", type=int, default=150, help="new tokens a turn; default 150")
+    parser.add_argument("--answer", type=int, default=100, help="tokens answered; default 100")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if min(options.rounds, options.turns, options.prompt, options.answer) < 1:
+        parser.error("--rounds, --turns, --prompt and --answer take 1 or more")
     console = Console()
     profile = (options.profile or ensure(options.model, 1, console.print)).resolve()
+    shape = (options.turns, options.prompt, options.answer)
+    both = 2 * options.turns * (options.prompt + options.answer)
     flags = [
         "--enable-krul",
         "--krul-profile",
@@ -117,29 +173,40 @@ def main() -> None:
         "--sleep-on-idle",
         "--dtype",
         "float32",
-        "--max-total-tokens",  # else the one that starts first takes most of the memory
+        "--max-total-tokens",
+        str(max(4096, 2 * both)),
+        "--context-length",
         "8192",
     ]
-    shape = (options.turns, options.prompt, options.answer)
-    taken = []
     with (
-        LiveServer(options.model, [*flags, "--krul-attention", "on"]) as on,
-        LiveServer(options.model, [*flags, "--krul-attention", "off"]) as off,
+        TemporaryDirectory(prefix="attention-orders-") as folder,
+        as_plugin(attention_switch) as env,
     ):
-        servers = {"on": on, "off": off}
-        converse(servers, -1, *shape)  # warm
-        for seed in track(range(options.rounds), console=console):
-            taken.append(converse(servers, seed, *shape))
-        measured, taps = on.krul()["measured_requests"], on.krul()["memory"]["taps"]
+        orders = Path(folder, "order.json")
+        env |= {attention_switch.ORDER_FILE: str(orders)}
+        with LiveServer(options.model, flags, env=env) as server:
+            switched = Switched(server, orders)
+            switched.converse(-1, 1, *shape[1:])  # warm
+            warm = server.krul()["measured_requests"]
+            rounds = track(range(options.rounds), "conversations", console=console)
+            found = [switched.converse(seed, *shape) for seed in rounds]
+            state = server.krul()
+    expected = options.rounds * options.turns
+    if state["measured_requests"] - warm != expected:
+        raise ValueError(
+            f"{state['measured_requests'] - warm} requests were measured, not {expected}: "
+            "answers of fewer than 32 tokens are too short"
+        )
     result: dict[str, Any] = {
         "conversation": dict(zip(("turns", "prompt", "answer"), shape, strict=True)),
-        "seconds": taken,
-        "measured_requests": measured,
-        "taps_bytes": taps,
-    }
-    for index, kind in enumerate(("wall", "cpu")):
-        result[kind] = compare(taken, index)
-    console.print_json(json.dumps({k: v for k, v in result.items() if k != "seconds"}))
+        "taken": [
+            {"turns": [{s: t._asdict() for s, t in turn.items()} for turn in own.turns],
+             "evicted": own.evicted}
+            for own in found
+        ],
+        "taps_bytes": state["memory"]["taps"],
+    } | conclude(found)  # fmt: skip
+    console.print_json(json.dumps({k: v for k, v in result.items() if k != "taken"}))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
 

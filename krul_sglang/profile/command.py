@@ -45,9 +45,12 @@ def _read(path: Path) -> str:
 
 def _check_writable(folder: Path) -> None:
     """Raise OSError now and not after minutes of measuring."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=folder):
-        pass
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"--out: no profile can be written to {folder} ({error.strerror})") from None
 
 
 def _update(bar: Progress, task: TaskID, stage: str, share: float) -> None:

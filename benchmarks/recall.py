@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True, help="what is talked about meanwhile")
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--budget", type=float, default=0.01)
-    parser.add_argument("--conversations", type=int, default=72)
+    parser.add_argument("--conversations", type=int, default=144)
     parser.add_argument("--first", type=int, default=0, help="number of the first of them")
     parser.add_argument(
         "--ways",

@@ -1,12 +1,18 @@
 """Does the estimate rank the layers as their damage does?
 
     python benchmarks/damage.py --model DIR --conversations held_out.jsonl --json damage.json
-    python benchmarks/damage.py --model DIR --conversations held_out.jsonl --dropped
+    python benchmarks/damage.py --model DIR --conversations held_out.jsonl --as rounded
 
-For each conversation every layer alone is stored and restored, all others kept, and the
-divergence of what comes next is measured. With --dropped nothing of the layer is stored: it is
-what its map makes of the rebuilt layer below. (What is stored is allotted so that layers hurt
-alike, which leaves little to rank.) That is held against what could be known before:
+For each conversation every layer alone is damaged, all others kept, and the divergence of what
+comes next is measured. A layer can be damaged in three ways (--as):
+
+- ``stored``: as the server stores and restores it. Its step is allotted so that layers hurt
+  alike, which leaves little to rank.
+- ``rounded``: to 4 bits, every layer in the same way: by channel for K, by token for V. So much
+  do layers differ before anything is allotted.
+- ``dropped``: it becomes what its map makes of the rebuilt layer below.
+
+That is held against what could be known before:
 
 - ``metric``: the layer's squared error in the profile's importance metric
 - ``weighted``: the same, each token weighted by its importance from K, V and attention
@@ -50,6 +56,7 @@ from krul_sglang.similarity.estimate import codes_of_maps
 from krul_sglang.strategy.base import SINKS, Strategy
 
 HISTORY, CONTINUATION = 1000, 120
+WAYS = ("stored", "rounded", "dropped")
 MEASURED = ("metric", "weighted", "attention")
 
 
@@ -72,6 +79,12 @@ def predictions(
     return out
 
 
+def rounded(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """``x`` in 15 levels, scaled by its largest entry along ``dim``."""
+    scale = (x.abs().amax(dim, keepdim=True) / 7).clamp_min(1e-30)
+    return (x / scale).round() * scale
+
+
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Rank correlation; ties are not expected."""
     ranks = torch.stack([torch.tensor(x).argsort().argsort().double() for x in (a, b)])
@@ -80,7 +93,7 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 @torch.no_grad()
 def damage(
-    model: Any, ids: Sequence[int], codec: PredictiveCodec, budget: float, dropped: bool
+    model: Any, ids: Sequence[int], codec: PredictiveCodec, budget: float, way: str
 ) -> dict[str, Any]:
     """Per layer: the divergence measured, and what was estimated."""
     history, following = ids[:HISTORY], ids[HISTORY : HISTORY + CONTINUATION]
@@ -98,8 +111,12 @@ def damage(
     def flat(own_k: torch.Tensor, own_v: torch.Tensor) -> torch.Tensor:
         return torch.cat([codec.profile.rope.undo(own_k, tables).flatten(1), own_v.flatten(1)], 1)
 
-    if dropped:
+    if way == "dropped":
         restored = predictions(codec, restored, tables)
+    elif way == "rounded":
+        restored = [
+            (rounded(own_k, 0), rounded(own_v, 2)) for own_k, own_v in zip(k, v, strict=True)
+        ]
     out: dict[str, list[float]] = {name: [] for name in ("kl", *MEASURED)}
     for layer, (own_k, own_v) in enumerate(restored):
         weights = codec.profile.layers[layer]
@@ -121,12 +138,14 @@ def damage(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--conversations", type=Path, required=True)
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--budget", type=float, default=0.01)
-    parser.add_argument("--dropped", action="store_true", help="store nothing of the layer")
+    parser.add_argument("--as", dest="way", choices=WAYS, default=WAYS[0])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     path = options.profile or ensure(options.model, 1, print)
@@ -136,9 +155,7 @@ def main() -> None:
     for chat in track(read_conversations(options.conversations), console=console):
         ids = chat_ids(tokenizer, [dict(m) for m in chat.messages], answer=False)
         if len(ids) >= HISTORY + CONTINUATION:
-            found.append(
-                {"id": chat.id, **damage(model, ids, codec, options.budget, options.dropped)}
-            )
+            found.append({"id": chat.id, **damage(model, ids, codec, options.budget, options.way)})
     kl = torch.tensor([one["kl"] for one in found])
     variation = torch.tensor([one["attention"] for one in found])
     for i, one in enumerate(found):

@@ -164,7 +164,7 @@ class ComputeCost:
     def observe(self, prefill: Prefill, seconds: float, decoding: float = 0.0) -> None:
         """A pass of this shape took ``seconds``, waiting not counted. decoding: seconds that
         threads decoded for it on cores that it shares."""
-        if decoding > BESIDE * seconds > 0:
+        if seconds > 0 and decoding > BESIDE * seconds:
             slower = max(0.0, seconds - float(self.seconds(prefill))) / decoding
             self.beside += WEIGHT * (slower - self.beside)
             return

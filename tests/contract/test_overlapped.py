@@ -9,7 +9,8 @@ from kv_oracle import LAYERS, oracle
 from tree_rig import Rig
 
 from krul_sglang.codec.base import CodecError
-from krul_sglang.runtime import restoring, stepping
+from krul_sglang.restore.trace import LoadTrace
+from krul_sglang.runtime import restoring
 from krul_sglang.runtime.marks import full_data
 
 HISTORY = list(range(100, 140))
@@ -78,15 +79,17 @@ def test_a_restored_conversation_continues(rig) -> None:
     assert restores.totals.passes == 1
 
 
-@pytest.mark.parametrize(("beside", "learns"), [(1e9, True), (0.0, False)])
-def test_a_restore_says_what_a_pass_costs_unless_decoders_took_its_cores(
-    rig, monkeypatch, beside: float, learns: bool
+@pytest.mark.parametrize("decoding", [0.0, 1e9])
+def test_a_restore_says_what_a_pass_costs_or_what_decoders_on_its_cores_do(
+    rig, monkeypatch, decoding: float
 ) -> None:
-    monkeypatch.setattr(stepping, "BESIDE", beside)
-    lessons = rig.krul.planner.compute.lessons
-    known = dict(lessons)
+    monkeypatch.setattr(LoadTrace, "decode_seconds_since", lambda trace, began: decoding)
+    compute = rig.krul.planner.compute
+    compute.fixed = compute.token = compute.pair = 1e-12  # all that it takes is unexpected
+    known = dict(compute.lessons)
     assert not step(rig, [returning(rig, 7, 8, 9)])
-    assert (lessons != known) is learns
+    assert (compute.lessons != known) is (decoding == 0)
+    assert (compute.beside > 0) is (decoding > 0)
 
 
 def test_the_pass_waits_for_each_layer_and_no_longer(rig, faults) -> None:
@@ -243,6 +246,7 @@ def test_the_planner_divides_a_history(make_rig, bandwidth: float) -> None:
     rig.evict()
     rig.sealed()
     rig.krul.planner.load.links["memory"] = restoring_rate(bandwidth)
+    rig.krul.planner.compute.lessons.clear()  # the rig's passes taught that computing is free
     req = rig.request([*long, 7])
     promised = rig.match(req)
     assert rig.match(req) == promised, "a plan is kept until the request is admitted"

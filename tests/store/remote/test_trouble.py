@@ -204,13 +204,19 @@ def test_one_line_when_it_fails_and_one_when_it_is_back(make_tier, tmp_path, cap
     server.kill()
     caplog.set_level(logging.WARNING)
     tier = make_tier(server.url.replace("redis://", "redis://user:secret@"))
+    port = server.url.rpartition(":")[2].partition("/")[0]
+
+    def said() -> list[str]:
+        """By this tier: one that an earlier test left may still speak of its own server."""
+        return [record.message for record in caplog.records if f":{port}/" in record.message]
+
     assert tier.degraded
     assert not tier.may_ask
     offer(tier, TALK[:200], 0)
     for _ in range(3):
         assert pull(tier, TALK).arrivals == []
-    (record,) = caplog.records
-    assert "the connection fails" in record.message
+    (line,) = said()
+    assert "the connection fails" in line
     assert "secret" not in caplog.text
     time.sleep(backoff.FIRST_WAIT)
     caplog.clear()
@@ -225,7 +231,7 @@ def test_one_line_when_it_fails_and_one_when_it_is_back(make_tier, tmp_path, cap
         server.kill()
     # A password that does not fit is a failure like any other.
     assert tier.degraded
-    assert caplog.records == []
+    assert said() == []
 
 
 def test_pauses_grow_until_it_works(caplog) -> None:

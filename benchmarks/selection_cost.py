@@ -25,6 +25,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+sys.path.append(str(Path(__file__).parent))  # also where PYTHONSAFEPATH is set
+
 import attention_switch
 import psutil
 from rich.console import Console

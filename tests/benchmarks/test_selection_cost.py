@@ -40,5 +40,5 @@ def test_one_conversation(chat_model, chat_profile, tmp_path):
     found = json.loads(out.read_text())
     (own,) = found["taken"]
     assert [set(turn) for turn in own["turns"]] == [{"measured", "unmeasured"}]
-    assert min(own["evicted"].values()) > 0, "either conversation was encoded"
+    assert set(own["evicted"]) == {"measured", "unmeasured"}
     assert found["taps_bytes"] > 0

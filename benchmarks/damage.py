@@ -148,6 +148,8 @@ def main() -> None:
     parser.add_argument("--as", dest="way", choices=WAYS, default=WAYS[0])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if not options.conversations.is_file():
+        parser.error(f"--conversations {options.conversations}: no such file")
     path = options.profile or ensure(options.model, 1, print)
     model, tokenizer = load_model(options.model)
     codec = PredictiveCodec(spec_of(model), load_ranks(options.model, path, 1)[0])
@@ -156,6 +158,10 @@ def main() -> None:
         ids = chat_ids(tokenizer, [dict(m) for m in chat.messages], answer=False)
         if len(ids) >= HISTORY + CONTINUATION:
             found.append({"id": chat.id, **damage(model, ids, codec, options.budget, options.way)})
+    if not found:
+        raise ValueError(
+            f"--conversations {options.conversations}: none has {HISTORY + CONTINUATION} tokens"
+        )
     kl = torch.tensor([one["kl"] for one in found])
     variation = torch.tensor([one["attention"] for one in found])
     for i, one in enumerate(found):

@@ -2,7 +2,8 @@
 
 A plugin that servers under measurement load (:mod:`server_plugin` brings it into their processes);
 it is no part of the package. The copies between the device pool and the host pool are CUDA
-kernels; here they are indexing. ``HICACHE_LINK_BANDWIDTH`` (bytes a second) throttles
+kernels; here they are indexing. The file that ``HICACHE_LINK_FILE`` names holds bytes a second, or
+null for memory itself, and may change at any time. It throttles
 
 - the load from host to device, layer by layer: a layer's bytes arrive when the link has carried
   them, and a forward pass waits for a layer when it reads it, so that loading overlaps with
@@ -12,14 +13,16 @@ kernels; here they are indexing. ``HICACHE_LINK_BANDWIDTH`` (bytes a second) thr
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-BANDWIDTH = "HICACHE_LINK_BANDWIDTH"
-"""Name of the environment variable: bytes a second, absent for memory itself."""
+LINK_FILE = "HICACHE_LINK_FILE"
+"""Name of the environment variable: where the rate is."""
 STORAGE = "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"
 """SGLang's own: where the file tier keeps its pages."""
 FLAGS = (
@@ -32,18 +35,23 @@ FLAGS = (
 
 
 class Link:
-    """Carries one thing after the other at ``bandwidth`` bytes a second."""
+    """Carries one thing after the other at the rate that the file ``path`` holds."""
 
-    def __init__(self, bandwidth: float) -> None:
-        self._bandwidth = bandwidth
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._free = 0.0
         self._lock = threading.Lock()
 
-    def carry(self, nbytes: float) -> float:
-        """When the last of ``nbytes``, asked for now, has arrived (``time.perf_counter``)."""
+    def carry(self, *nbytes: float) -> list[float]:
+        """When each of these many bytes, asked for now, has arrived (``time.perf_counter``)."""
+        rate = json.loads(self._path.read_text())
+        arrived = []
         with self._lock:
-            self._free = max(self._free, time.perf_counter()) + nbytes / self._bandwidth
-            return self._free
+            self._free = max(self._free, time.perf_counter())
+            for size in nbytes:
+                self._free += size / rate if rate else 0.0
+                arrived.append(self._free)
+        return arrived
 
 
 def _wait_until(when: float) -> None:
@@ -76,7 +84,7 @@ def _through(link: Link) -> tuple[Callable, Callable, Callable]:
             return original(engine, transfers, **options)
         nbytes = sum(t.host_indices.numel() * t.host_pool.size_per_token for t in transfers)
         layers, done = options["transfer_layer_id_max"], options["on_layer_done"]
-        done.__self__.due = [link.carry(nbytes / layers) for _ in range(layers)]
+        done.__self__.due = link.carry(*[nbytes / layers] * layers)
         return original(engine, transfers, **options)
 
     def wait(event: Any, layer: int) -> None:
@@ -87,7 +95,7 @@ def _through(link: Link) -> tuple[Callable, Callable, Callable]:
         """AROUND ``HiCacheFile.get``: one page."""
         page = original(store, key, target, *rest)
         if page is not None:
-            _wait_until(link.carry(page.nbytes))
+            _wait_until(link.carry(page.nbytes)[0])
         return page
 
     return load, wait, read
@@ -101,8 +109,8 @@ def register() -> None:
     mha.transfer_kv_direct = _copy_rows
     pool = "sglang.srt.mem_cache.pool_host.mha.MHATokenToKVPoolHost.__init__"
     HookRegistry.register(pool, _unpinned, HookType.BEFORE)
-    if BANDWIDTH in os.environ:
-        load, wait, read = _through(Link(float(os.environ[BANDWIDTH])))
+    if LINK_FILE in os.environ:
+        load, wait, read = _through(Link(Path(os.environ[LINK_FILE])))
         cache = "sglang.srt.mem_cache"
         engine = f"{cache}.l2_transfer.L2TransferEngine.submit_host_to_device"
         event = "sglang.srt.managers.cache_controller.LayerLoadingEvent.wait"

@@ -20,6 +20,8 @@ SKIP = 3.0
 """A point is not measured when the link alone takes it this many times the best time known."""
 FEW = 64
 """Tokens by which choices may differ and still be the same."""
+NEAR = (-2, -1, 1, 2)
+"""Sixteenths of a history by which more points lie beside the planner's choice."""
 USUAL = 3
 """Restores whose choices, from the least to the most, count as the same."""
 
@@ -63,6 +65,13 @@ def points(history: int, count: int) -> list[int]:
     return sorted({round(end * i / (count - 1)) * PAGE for i in range(count)})
 
 
+def beside(load: int, history: int) -> list[int]:
+    """Positions around ``load``, in whole pages of a history."""
+    end = history // PAGE * PAGE
+    near = (round((load + by * history / 16) / PAGE) * PAGE for by in NEAR)
+    return sorted({position for position in near if 0 <= position <= end})
+
+
 def link_seconds(load: int, history: int, stored_bytes: float, rate: float) -> float:
     """What the link alone takes at least: the first tokens of a history are stored exactly, so
     its bytes lie in front rather than behind."""
@@ -83,8 +92,8 @@ def conclude(
 ) -> dict[str, Any]:
     """Figures of a setting, from the planner's samples and the forced ones.
 
-    The best point is the one with the least median. ``round_ratios`` compares the planner with
-    that point round by round: their spread is the noise of ``ratio``.
+    The best point is the one with the least median. ``round_ratios`` compares each of the
+    planner's samples with that point in the same round: their spread is the noise of ``ratio``.
     """
     by_load: dict[int, list[Sample]] = {}
     for sample in forced:
@@ -95,8 +104,8 @@ def conclude(
     }
     best = min(medians, key=lambda load: medians[load])
     planner = statistics.median(sample.ttft for sample in own)
-    pairs = zip(own, by_load[best], strict=False)
-    rounds = [ours.ttft / theirs.ttft for ours, theirs in pairs]
+    of_round = {sample.number: sample.ttft for sample in by_load[best]}
+    rounds = [sample.ttft / of_round[sample.number] for sample in own]
     ratio = planner / medians[best]
     traced = [sample for sample in own if sample.load_bubble is not None]
     return {

@@ -4,9 +4,9 @@
 
 One live server stores conversations and lets them return with a new turn over a throttled link.
 A return loads the first p tokens of its history while it recomputes the rest. At each setting
-(a history and a bandwidth) p is forced to evenly spaced points, in turns with the planner's own
-choice, and the time to first token is taken at the client, over streaming HTTP. Reported for
-each setting:
+(a history and a bandwidth) p is forced to evenly spaced points and to four around what the planner
+has chosen, in turns with the planner's own choice, and the time to first token is taken at the
+client, over streaming HTTP. Reported for each setting:
 
 - ratio: the planner's median time over the best point's, with the ratios of single rounds as
   their spread. The claim is at most 1.05. A ratio below 1 is noise, or the best p lies between
@@ -35,7 +35,6 @@ import json
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -131,14 +130,7 @@ def _longest(model: Path) -> int:
 
 def prompts_of(plan: Plan) -> Prompts:
     """The conversations of benchmarks/restore.py, and as many new turns as are needed."""
-    wanted = SimpleNamespace(
-        model=plan.model,
-        longest=max(plan.histories),
-        turn=plan.turn,
-        repeats=plan.turns,
-        p99_repeats=0,
-    )
-    return read_prompts(wanted)  # type: ignore[arg-type]  # it asks a plan for no more
+    return read_prompts(plan.model, max(plan.histories), plan.turn, plan.turns)
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
@@ -194,9 +186,17 @@ def read_options() -> argparse.Namespace:
         + "; ".join(f"{text} ({policy})" for policy, text in BANDWIDTHS.items()),
     )
     parser.add_argument(
-        "--points", type=int, default=9, help="forced p, from 0 to the whole history; default 9"
+        "--points",
+        type=int,
+        default=9,
+        help="forced p, from 0 to the whole history; default 9; four more lie around the planner's",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of a setting; default 3")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help="rounds of a setting, more of them below 2,048 tokens, up to 4 times; default 3",
+    )
     parser.add_argument(
         "--warm-up",
         type=int,

@@ -62,9 +62,9 @@ class Control:
         self._noted: dict[str, Any] = {}
         self._pass_seconds: list[float] = []
         self._plan, self._learn = restores.plans.plan, restores._learn
-        self._observe = compute.observe
+        self._observe, self._observe_outside = compute.observe, compute.observe_outside
         restores.plans.plan, restores._learn = self.plan, self.learn
-        compute.observe = self.observe
+        compute.observe, compute.observe_outside = self.observe, self.observe_outside
         # Forced to load little, restores would have the rest of histories not stored any more.
         restores.plans.boundary._shares = deque(maxlen=0)
 
@@ -121,6 +121,11 @@ class Control:
         self._pass_seconds.append(seconds)
         if self._teach:
             self._observe(prefill, seconds, decoding)
+
+    def observe_outside(self, seconds: float) -> None:
+        """Instead of ``ComputeCost.observe_outside``."""
+        if self._teach:
+            self._observe_outside(seconds)
 
 
 def _control_of(controller: Any) -> Control | None:

@@ -16,19 +16,21 @@ from unittest.mock import patch
 
 import plan_control
 import requests
-from plan_cells import Sample, points
+from plan_cells import NEAR, Sample, points
 from plan_control import Order
 from restore_cells import Bandwidth
-from restore_peers import Peer, Shape
+from restore_peers import MEMORY, Peer, Shape
 from restore_run import Prompts
 from server_plugin import as_plugin
 
 ANSWER = 1
 """Tokens generated: only the first is timed."""
-MEMORY = 1e12
-"""Bytes a second of a link that is not throttled."""
 REFERENCES = 3
 """Returns that load nothing, from which a history's balanced rate follows."""
+SHORT = 2048
+"""Tokens of a history below which a setting takes more rounds, for about the same time."""
+MORE = 4
+"""Times as many, at most."""
 PHASES = {"before": 5, "cut": 6, "back": 6}
 """Restores at a link's rate, at the cut one, and at the first again."""
 
@@ -58,11 +60,16 @@ class Plan:
         names = ("dtype", "points", "repeats", "warm_up", "turn", "teach")
         return {"model": self.model.name} | {name: getattr(self, name) for name in names}
 
+    def repeats_of(self, history: int) -> int:
+        """Rounds of each of its settings: passes of few tokens differ more."""
+        return round(self.repeats * min(MORE, max(1.0, SHORT / history)))
+
     @property
     def turns(self) -> int:
         """New turns that a history's settings take at most: each is stored behind it, so that
         none may come again."""
-        each = self.warm_up + self.repeats * (1 + self.points)
+        rounds = max(map(self.repeats_of, self.histories))
+        each = self.warm_up + rounds * (2 + self.points + len(NEAR))
         return REFERENCES + len(self.bandwidths) * each + sum(PHASES.values())
 
     def cut_name(self) -> str:
@@ -88,12 +95,12 @@ class Steered(Peer):
             server = cls(
                 plan.policy,
                 plan.model,
-                Shape(max(plan.histories), plan.turn, ANSWER),
+                Shape(max(plan.histories), plan.turn, ANSWER, plan.turns),
                 plan.dtype,
-                bandwidth=MEMORY,  # so that there is a link whose rate can be set
                 recompute="auto",
                 profile=plan.profile,
                 plugin={},  # the environment above reaches every child
+                page=1,  # SGLang's default: with larger pages p goes by those
             )
             server.orders = Path(folder, "order.json")
             try:
@@ -155,7 +162,7 @@ class Returns:
         turn = self._prompts.turns[self._turn]
         self._turn += 1
         given = server.ask([*past[:history], *turn], ANSWER)
-        problem = given.problem(self._plan.policy, Shape(history, len(turn), ANSWER))
+        problem = given.problem(self._plan.policy, Shape(history, len(turn), ANSWER, 1))
         if problem:
             raise OSError(problem)
         state = server.state()

@@ -7,7 +7,17 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from plan_cells import Sample, conclude, hopeless, moved_after, settled_after
+from plan_cells import (
+    NEAR,
+    USUAL,
+    Sample,
+    beside,
+    conclude,
+    hopeless,
+    moved_after,
+    points,
+    settled_after,
+)
 from plan_returns import MEMORY, PHASES, REFERENCES, Plan, Returns, Steered
 from restore_cells import UNTHROTTLED, Bandwidth, Cell, Results
 from restore_peers import RECOMPUTE, token_bytes
@@ -61,7 +71,7 @@ class Benchmark:
     def _left(self, history: int) -> int:
         """Requests of this history that are still to be sent, at most."""
         plan = self.plan
-        each = plan.warm_up + plan.repeats * (1 + plan.points)
+        each = plan.warm_up + plan.repeats_of(history) * (2 + plan.points + len(NEAR))
         count = len(self._missing(history)) * each
         count += sum(PHASES.values()) * self._cut_is_missing(history)
         known = self.results.find(Cell(RECOMPUTE, history, UNTHROTTLED.name))
@@ -108,21 +118,27 @@ class Benchmark:
     def _choice(
         self, returns: Returns, history: int, rate: float | None, recompute: float
     ) -> dict[str, Any]:
-        """The planner against every point, in turns; its place in a round changes."""
+        """The planner against every point, evenly spaced ones and some beside its choice, in
+        turns; its place in a round changes."""
         plan = self.plan
         warm = [returns(rate, n, relearn=n == 0) for n in range(plan.warm_up)]
         self._advance(history, plan.warm_up)
         stored = warm[-1].stored_bytes
         best = min([recompute, *(sample.ttft for sample in warm)])
+        choice = statistics.median_low(sample.load for sample in warm[-USUAL:])
+        returns.points = sorted({*points(history, plan.points), *beside(choice, history)})
         skipped = hopeless(returns.points, history, stored, rate or MEMORY, best)
-        asked = [None, *(load for load in returns.points if load not in skipped)]
+        tried = [load for load in returns.points if load not in skipped]
+        half = len(tried) // 2
+        asked = [None, *tried[:half], None, *tried[half:]]  # the planner is asked twice a round
         found: list[Sample] = []
-        for number in range(plan.repeats):
-            first = number * len(asked) // plan.repeats
+        rounds = plan.repeats_of(history)
+        for number in range(rounds):
+            first = number * len(asked) // rounds
             for forced in [*asked[first:], *asked[:first]]:
                 found.append(returns(rate, number, forced))
                 self._advance(history, 1)
-            self._advance(history, len(skipped))
+            self._advance(history, plan.points + len(NEAR) - len(tried))
         own = [sample for sample in found if sample.forced is None]
         forced_ones = [sample for sample in found if sample.forced is not None]
         figures = conclude(own, forced_ones, skipped)

@@ -47,9 +47,9 @@ BANDWIDTHS = "balanced/4,balanced,4*balanced,unthrottled"
 PACKAGES = ("sglang", "torch", "transformers", "krul-sglang")
 
 
-def read_prompts(plan: Plan) -> Prompts:
-    """Chats between people, put one behind the other until they are long enough. The same ones
-    whatever histories are asked for, because a file may be continued with others.
+def read_prompts(model: Path, longest: int, turn: int, turns: int) -> Prompts:
+    """Two conversations of ``longest`` tokens and ``turns`` new turns of ``turn`` tokens: chats
+    between people, put one behind the other until they are long enough.
 
     Each has a system prompt of its own: a shared one would stay on the device, and computing
     from a cached prefix on takes CPU attention more than twice as long as from the beginning,
@@ -57,7 +57,7 @@ def read_prompts(plan: Plan) -> Prompts:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(plan.model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     chats = islice(texts.chats(), texts.CHATS[-1], None)
 
     def take(tokens: int, name: str) -> list[int]:
@@ -68,10 +68,9 @@ def read_prompts(plan: Plan) -> Prompts:
             ids = chat_ids(tokenizer, messages, answer=False)
         return ids[:tokens]
 
-    conversations = [take(plan.longest, name) for name in ("Alice", "Robert")]
-    turns = 1 + max(plan.repeats, plan.p99_repeats)  # one warms up
-    rest = take((1 + turns) * plan.turn, "Somebody")[plan.turn :]
-    slices = [rest[at : at + plan.turn] for at in range(0, len(rest), plan.turn)]
+    conversations = [take(longest, name) for name in ("Alice", "Robert")]
+    rest = take((1 + turns) * turn, "Somebody")[turn:]
+    slices = [rest[at : at + turn] for at in range(0, len(rest), turn)]
     return Prompts(conversations, slices)
 
 
@@ -133,7 +132,7 @@ def read_plan(options: argparse.Namespace) -> Plan:
         raise ValueError(f"--profile {profile}: no such file")
     for policy in policies:
         if policy in KRUL:
-            needed = KrulConfig.from_values(krul_settings(policy, None, options.recompute, None))
+            needed = KrulConfig.from_values(krul_settings(policy, options.recompute, None))
             if needed.needs_profile and profile is None:
                 profile = ensure(options.model, 1, print)
     bandwidths = [Bandwidth.parse(text.strip()) for text in options.bandwidths.split(",")]
@@ -212,7 +211,9 @@ def main() -> int:
         facts = {"machine": machine(), "versions": versions(), "settings": plan.settings()}
         results = Results(options.json, facts)
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        benchmark = Benchmark(plan, results, read_prompts(plan), console)
+        # The model's longest: a file may be continued with other histories.
+        prompts = read_prompts(plan.model, plan.longest, plan.turn, plan.turns)
+        benchmark = Benchmark(plan, results, prompts, console)
         benchmark.run()
     except (ValueError, OSError, KrulConfigError, ProfileError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """The servers that benchmarks/restore.py compares, and what one answer of theirs shows.
 
 A peer is a policy: how SGLang keeps a conversation that left the device. All serve the same
-model in the same number format, from a pool that holds one history and its turn.
+model in the same number format, from a pool that holds one history and its turn. A peer's link
+can be held to another rate while it is up.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import hicache_cpu
+import krul_link
 
 from krul_sglang.config import KrulConfig
 from krul_sglang.live_server import LiveServer, has_gpu
@@ -24,6 +26,9 @@ PAGE = 16
 SLACK = 3 * PAGE
 """Tokens the pool holds beyond a history, its turn and the answer."""
 SETTLE_SECONDS = 600
+MEMORY = 1e12
+"""Bytes a second of a link that is not throttled; a server started without one has none to
+throttle."""
 
 FILE_TIER = (
     *("--hicache-storage-backend", "file", "--hicache-storage-prefetch-policy", "wait_complete"),
@@ -31,8 +36,7 @@ FILE_TIER = (
     *("--hicache-host-memory-mode", "buffer_only", "--hicache-ratio", "1.5"),
 )
 HICACHE = {
-    # Room for two conversations and all their turns.
-    "hicache_host": (*hicache_cpu.FLAGS, "--hicache-ratio", "3"),
+    "hicache_host": hicache_cpu.FLAGS,
     "hicache_file": (*hicache_cpu.FLAGS, *FILE_TIER),
 }
 KRUL = {
@@ -54,11 +58,13 @@ POLICIES = (RECOMPUTE, *HICACHE, *KRUL)
 
 @dataclass(frozen=True)
 class Shape:
-    """What every request of a history has in common, in tokens."""
+    """What every request of a history has in common, in tokens. turns: how many a server is
+    asked at most, of all conversations together."""
 
     history: int
     turn: int
     answer: int
+    turns: int
 
     @property
     def pages(self) -> int:
@@ -69,6 +75,12 @@ class Shape:
     def pool(self) -> int:
         """Tokens the KV pool holds."""
         return -(-(self.history + self.turn + self.answer + SLACK) // PAGE) * PAGE
+
+    @property
+    def kept(self) -> int:
+        """Tokens of two conversations and all their turns, in whole pages."""
+        turn = -(-(self.turn + self.answer) // PAGE) * PAGE
+        return 2 * (self.history + PAGE) + self.turns * (turn + PAGE)
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,15 @@ class Answer:
 
 
 class Peer:
-    """A live server of one policy."""
+    """A live server of one policy.
+
+    asked: the number of its last request, see Prompts.of. kept: the krul block when both
+    conversations had been stored. failure: why it can't be measured.
+    """
+
+    asked: int | None = None
+    kept: dict[str, Any] | None = None
+    failure: str | None = None
 
     def __init__(
         self,
@@ -108,30 +128,34 @@ class Peer:
         shape: Shape,
         dtype: str,
         *,
-        bandwidth: float | None,
         recompute: str,
         profile: Path | None,
         plugin: Mapping[str, str],
+        page: int = PAGE,
     ) -> None:
-        """bandwidth: bytes a second, None for memory itself. recompute: --krul-recompute where
-        the policy may. plugin: hicache_cpu as one, see :mod:`server_plugin`."""
+        """recompute: --krul-recompute where the policy may. plugin: hicache_cpu or krul_link as
+        one, see :mod:`server_plugin`."""
         self.policy = policy
         self.shape = shape
         self._files = TemporaryDirectory(prefix="kept-kv-")
-        env = {}
-        flags = ["--dtype", dtype, "--page-size", str(PAGE), "--sleep-on-idle"]
+        self._orders = TemporaryDirectory(prefix="restore-link-")
+        self._link = Path(self._orders.name, "rate.json")
+        self._link.write_text("null")
+        env = dict(plugin)
+        flags = ["--dtype", dtype, "--page-size", str(page), "--sleep-on-idle"]
         flags += ["--max-total-tokens", str(shape.pool), "--chunked-prefill-size", "8192"]
         flags += ["--watchdog-timeout", "7200"]  # a throttled load takes minutes
         if policy in HICACHE:
             flags += HICACHE[policy]
-            env |= plugin
+            env[hicache_cpu.LINK_FILE] = str(self._link)
             if policy == "hicache_file":
                 env[hicache_cpu.STORAGE] = self._files.name
-            if bandwidth is not None:
-                env[hicache_cpu.BANDWIDTH] = repr(bandwidth)
+            else:
+                flags += ["--hicache-ratio", f"{shape.kept / shape.pool + 0.1:.2f}"]
         if policy in KRUL:
             flags.append("--enable-krul")
-            for name, value in krul_settings(policy, bandwidth, recompute, profile).items():
+            env[krul_link.LINK_FILE] = str(self._link)
+            for name, value in krul_settings(policy, recompute, profile).items():
                 flags += [f"--krul-{name.replace('_', '-')}", str(value)]
         if policy in DISK:
             flags += ["--krul-dir", self._files.name]
@@ -146,6 +170,7 @@ class Peer:
         self.server.stop()
         self.server.discard_log()
         self._files.cleanup()
+        self._orders.cleanup()
 
     def krul(self) -> dict[str, Any]:
         """The krul block of /server_info; empty for peers without Krul."""
@@ -167,6 +192,15 @@ class Peer:
                 return
             time.sleep(0.3)  # between two looks
         raise OSError("the server does not finish storing")
+
+    def throttle(self, rate: float | None) -> None:
+        """From now on its link carries so many bytes a second, None for memory itself. Raises
+        OSError."""
+        draft = self._link.with_suffix(".draft")
+        draft.write_text(json.dumps(rate))
+        draft.replace(self._link)
+        if self.krul() and self._link.exists():
+            raise OSError("the server's link can't be throttled")
 
     def leave_memory(self) -> None:
         """What is stored lies in files only, where the policy is about those. Raises OSError."""
@@ -204,15 +238,11 @@ class Peer:
         )
 
 
-def krul_settings(
-    policy: str, bandwidth: float | None, recompute: str, profile: Path | None
-) -> dict[str, Any]:
+def krul_settings(policy: str, recompute: str, profile: Path | None) -> dict[str, Any]:
     """Krul's settings for one of :data:`KRUL`. Raises KrulConfigError."""
     codec, may_recompute = KRUL[policy]
-    settings: dict[str, Any] = {"policy": codec}
+    settings: dict[str, Any] = {"policy": codec, "link_bandwidth": MEMORY}
     settings["recompute"] = recompute if may_recompute else "never"
-    if bandwidth is not None:
-        settings["link_bandwidth"] = bandwidth
     if KrulConfig.from_values(settings).needs_profile and profile is not None:
         settings["profile"] = profile.absolute()
     return settings

@@ -189,15 +189,19 @@ def main() -> None:
         with LiveServer(options.model, flags, env=env) as server:
             switched = Switched(server, orders)
             switched.converse(-1, 1, *shape[1:])  # warm
-            warm = server.krul()["measured_requests"]
+            warm = server.krul()
             rounds = track(range(options.rounds), "conversations", console=console)
             found = [switched.converse(seed, *shape) for seed in rounds]
             state = server.krul()
-    expected = options.rounds * options.turns
-    if state["measured_requests"] - warm != expected:
-        raise ValueError(
-            f"{state['measured_requests'] - warm} requests were measured, not {expected}"
-        )
+    requests = options.rounds * options.turns
+    expected = {
+        "measured_requests": requests,
+        # Of the last answer of a conversation, not the last token.
+        "stored_tokens": 2 * (requests * (options.prompt + options.answer) - options.rounds),
+    }
+    for name, number in expected.items():
+        if state[name] - warm[name] != number:
+            raise ValueError(f"{name} grew by {state[name] - warm[name]}, not {number}")
     result: dict[str, Any] = {
         "conversation": dict(zip(("turns", "prompt", "answer"), shape, strict=True)),
         "taken": [

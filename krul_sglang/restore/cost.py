@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-WEIGHT = 0.5
-"""How much of an estimate a new measurement replaces."""
+WEIGHT = 0.25
+"""How much of an estimate a new measurement replaces: passes differ by a twentieth, and what they
+are expected to take should not differ as much."""
 
 SURPRISE, BELIEF = 2.0, 0.85
 """A measurement that is off by more than this factor replaces that much: after a tenfold change
@@ -39,6 +40,9 @@ LEAST = 64
 BESIDE = 0.2
 """Share of a pass's seconds that decoders on its cores may work beside it for these to be its own,
 nearly. Beyond, they say what working side by side costs."""
+QUICK = 0.5
+"""How much of that a new measurement replaces: the first ones are made before a pass's own seconds
+are known."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -136,6 +140,7 @@ class ComputeCost:
     inverse square of the distance.
 
     beside: seconds that a pass takes longer for each that a decoder works on its cores meanwhile.
+    outside: seconds of a pass in which it is at none of its layers: embeddings, the head.
     """
 
     fixed: float
@@ -143,6 +148,7 @@ class ComputeCost:
     pair: float
     lessons: dict[tuple[int, ...], Lesson] = field(default_factory=dict)
     beside: float = 0.0
+    outside: float = 0.0
 
     def _base(self, prefill: Prefill) -> Floats:
         cost = self.fixed + self.token * prefill.tokens + self.pair * prefill.pairs
@@ -166,7 +172,7 @@ class ComputeCost:
         threads decoded for it on cores that it shares."""
         if seconds > 0 and decoding > BESIDE * seconds:
             slower = max(0.0, seconds - float(self.seconds(prefill))) / decoding
-            self.beside += WEIGHT * (slower - self.beside)
+            self.beside += QUICK * (slower - self.beside)
             return
         seconds -= self.beside * decoding
         base = float(self._base(prefill))
@@ -178,6 +184,11 @@ class ComputeCost:
         if old is not None:
             at, factor = at + WEIGHT * (old.at - at), _blend(old.factor, factor)
         self.lessons[bucket] = Lesson(tuple(at.tolist()), factor)
+
+    def observe_outside(self, seconds: float) -> None:
+        """A pass was at none of its layers for so long."""
+        weight = WEIGHT if self.outside else 1.0
+        self.outside += weight * (max(0.0, seconds) - self.outside)
 
 
 def _position(prefill: Prefill) -> Floats:

@@ -7,10 +7,11 @@ new turn. Layer by layer, with ``f`` the link, ``d`` the decoders and ``c`` the 
     d_l = max(d_{l-1}, f_l) + decode_l(p)
     c_l = max(c_{l-1}, d_l) + compute_l(p)
 
-and the pass ends at ``c_{L-1}``, plus what chunks after the first take: those find every layer
-loaded. The planner tries ``p`` at every block and takes the earliest end, but loads everything
-where that ends no later to speak of, which leaves the most compute to others. Between the two it
-takes no such liberty: a little more to load is a little for the pass to wait for at every layer.
+and the pass ends at ``c_{L-1}``, plus the time in which it is at no layer and what chunks after
+the first take: those find every layer loaded. The planner tries up to :data:`CHOICES` values of
+``p`` and takes the earliest end, but loads everything where that ends no later to speak of, which
+leaves the most compute to others. Between the two it takes no such liberty: a little more to load
+is a little for the pass to wait for at every layer.
 Where decoders and the pass share cores, decoding slows the pass down, as much as it was seen to,
 and no plan ends before their work divided by the cores.
 """
@@ -24,9 +25,8 @@ import numpy as np
 
 from krul_sglang.restore.cost import ComputeCost, Floats, LoadCost, Prefill
 
-BLOCK = 16
-"""Tokens between two choices of p; more where there would be more than :data:`CHOICES`."""
 CHOICES = 256
+"""Of p, at most: where the span is longer they are as many tokens apart as it takes."""
 TRIAL = 64
 """Tokens that are loaded to see whether a link has become better."""
 INDIFFERENT = 0.01
@@ -43,7 +43,7 @@ def _best(ends: Floats) -> int:
 
 def block(span: int) -> int:
     """Tokens between two choices of p where there are ``span`` to choose from."""
-    return max(BLOCK, -(-span // CHOICES))
+    return max(1, -(-span // CHOICES))
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,13 @@ class Turn:
 
 @dataclass
 class Ahead:
-    """What requests of the same batch have already been given, seconds."""
+    """What requests of the same batch have already been given, seconds. cores: of one core,
+    decoding and computing together."""
 
     fetch: float = 0.0
     decode: float = 0.0
     compute: float = 0.0
+    cores: float = 0.0
     tokens: int = 0
 
 
@@ -88,13 +90,15 @@ class Ahead:
 class Plan:
     """load: absolute position up to which stored tokens are loaded. seconds: from the start
     to the end of the pass, expected. The parts are this request's own seconds, one stream
-    alone: link, decoders (side by side), pass."""
+    alone: link, decoders (side by side), pass; and those that one core would take for all of its
+    decoding and computing."""
 
     load: int
     seconds: float
     fetch: float
     decode: float
     compute: float
+    cores: float
 
 
 @dataclass
@@ -125,24 +129,23 @@ class Planner:
             # Of what hope alone would load, a little: the rest would be lost were it in vain.
             sober = replace(self, load=self.load.without_hope())
             best = min(best, max(trial, _best(sober.ends(turn, choices)[0])))
-        fetch, decode, compute = (float(part[best]) for part in parts)
-        return Plan(int(choices[best]), float(ends[best]), fetch, decode, compute)
+        return Plan(int(choices[best]), float(ends[best]), *(float(part[best]) for part in parts))
 
     def ends(self, turn: Turn, choices: np.ndarray) -> tuple[Floats, tuple[Floats, ...]]:
-        """For each p: seconds to the end of the pass, and the seconds of link, decoders and
-        pass that the turn itself takes."""
+        """For each p: seconds to the end of the pass, and the parts of a :class:`Plan`."""
         fetch, work = self._loading(turn, choices)
         alone, later = self._computing(turn, choices)
         first = alone + self.compute.beside * work
         threads = np.minimum(self.load.threads, np.maximum(1, len(turn.stored)))
         decode = work / threads
         ahead = self.ahead
+        outside = np.minimum(self.compute.outside, first)
         f, d, c = (
             (own + before) / self.layers
             for own, before in (
                 (fetch, ahead.fetch),
                 (decode, ahead.decode),
-                (first, ahead.compute),
+                (first - outside, ahead.compute),
             )
         )
         ready = np.zeros(len(choices))
@@ -150,10 +153,10 @@ class Planner:
         for layer in range(1, self.layers + 1):
             ready = np.maximum(ready, layer * f) + d
             end = np.maximum(end, ready) + c
+        end = end + outside
         if self.cores is not None:
-            shared = work + ahead.decode * threads + alone + ahead.compute
-            end = np.maximum(end, shared / self.cores)
-        return end + later, (fetch, decode, first + later)
+            end = np.maximum(end, (work + alone + ahead.cores) / self.cores)
+        return end + later, (fetch, decode, first + later, work + alone + later)
 
     def _loading(self, turn: Turn, choices: np.ndarray) -> tuple[Floats, Floats]:
         """Seconds of the link, and of one decoder."""
@@ -192,6 +195,7 @@ class Planner:
         self.ahead.fetch += plan.fetch
         self.ahead.decode += plan.decode
         self.ahead.compute += plan.compute
+        self.ahead.cores += plan.cores
         self.ahead.tokens += tokens
 
     def next_batch(self) -> None:

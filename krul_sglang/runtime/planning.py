@@ -76,8 +76,7 @@ class Plans:
         planner = self._krul.planner
         turn = Turn(device, self.stored_runs(ids), new)
         ends, parts = planner.ends(turn, planner.choices(turn)[-1:])
-        fetch, decode, compute = (float(part[0]) for part in parts)
-        return Plan(turn.end, float(ends[0]), fetch, decode, compute)
+        return Plan(turn.end, float(ends[0]), *(float(part[0]) for part in parts))
 
     def decided(self, req: Any) -> None:
         """The request was admitted with what was planned for it, if anything."""

@@ -14,6 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,6 +88,16 @@ class Pass:
     def wait_seconds(self) -> float:
         """Seconds spent waiting for layers."""
         return sum(end - begin for begin, end in self.waits.values())
+
+    def outside_layers(self, seconds: float) -> float | None:
+        """Of the ``seconds`` that it computed, those in which it was at none of its layers. They
+        are what is left when every layer takes as long as those between two that it came to;
+        None where it came to fewer."""
+        came = [self.waits[layer] for layer in sorted(self.waits)]
+        if len(came) < 2:
+            return None
+        gaps = [after[0] - before[1] for before, after in pairwise(came)]
+        return seconds - sum(gaps) / len(gaps) * len(came)
 
 
 @dataclass

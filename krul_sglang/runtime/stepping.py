@@ -34,7 +34,11 @@ def run_batch(original: Callable, scheduler: Any, batch: Any, *args: Any, **kwar
     failed = restores.settle(forward, int(new.sum()))
     if cache.krul.pool.device.type == "cpu":
         decoding = sum(load.trace.decode_seconds_since(forward.began) for load in loads)
-        cache.krul.planner.compute.observe(Prefill.of_batch(new, before), seconds, decoding)
+        compute = cache.krul.planner.compute
+        compute.observe(Prefill.of_batch(new, before), seconds, decoding)
+        outside = forward.outside_layers(seconds)
+        if outside is not None:
+            compute.observe_outside(outside)
     if failed:
         _start_anew(scheduler, cache, batch, failed)
     if loads:

@@ -7,7 +7,16 @@ import sys
 
 import plan_choice
 import pytest
-from plan_cells import Sample, conclude, hopeless, link_seconds, moved_after, points, settled_after
+from plan_cells import (
+    Sample,
+    beside,
+    conclude,
+    hopeless,
+    link_seconds,
+    moved_after,
+    points,
+    settled_after,
+)
 from plan_control import Order
 from plan_plot import plot
 from plan_returns import PHASES, Plan
@@ -35,13 +44,19 @@ def sample(load: int, ttft: float, **figures) -> Sample:
 
 
 def forced(load: int, *seconds: float) -> list[Sample]:
-    return [sample(load, ttft, forced=load) for ttft in seconds]
+    return [sample(load, ttft, forced=load, number=n) for n, ttft in enumerate(seconds)]
 
 
 def test_points_are_whole_pages_from_nothing_to_everything():
     assert points(1024, 9) == [0, 128, 256, 384, 512, 640, 768, 896, 1024]
     assert points(100, 3) == [0, 48, 96], "the last page is not full, and not stored"
     assert points(32, 9) == [0, 16, 32]
+
+
+def test_points_beside_a_choice_are_whole_pages_of_the_history():
+    assert beside(500, 1024) == [368, 432, 560, 624]
+    assert beside(0, 512) == [32, 64]
+    assert beside(512, 512) == [448, 480]
 
 
 def test_points_that_the_link_rules_out():
@@ -52,7 +67,7 @@ def test_points_that_the_link_rules_out():
 
 
 def test_the_planner_is_compared_with_the_best_point():
-    own = [sample(64, 1.0), sample(64, 1.2), sample(128, 1.1)]
+    own = [sample(64, 1.0), sample(64, 1.2, number=1), sample(128, 1.1, number=2)]
     tried = [*forced(0, 3.0, 3.0, 3.0), *forced(64, 1.0, 1.0, 1.4), *forced(128, 1.5, 1.5, 0.5)]
     found = conclude(own, tried, {512: 9.0})
     assert found["best_load"] == 64
@@ -201,7 +216,7 @@ def test_the_defaults_are_twelve_settings(options):
 
 def test_every_return_has_a_turn_of_its_own(options):
     plan = plan_choice.read_plan(options("--repeats", "2", "--points", "3", "--warm-up", "1"))
-    assert plan.turns == 3 + 3 * (1 + 2 * 4) + sum(PHASES.values())
+    assert plan.turns == 3 + 3 * (1 + 8 * (2 + 3 + 4)) + sum(PHASES.values())
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import hicache_cpu
+import krul_link
 import pytest
 import restore
 from restore_cells import UNTHROTTLED, Bandwidth, Cell, Results, agreement, percentile, times
@@ -15,9 +17,12 @@ from restore_peers import Answer, Shape
 from restore_report import BEGIN, END, Run, fill, table
 from restore_run import Prompts
 
+from krul_sglang.restore.cost import Rate
+from krul_sglang.restore.pipeline import Link
+
 BENCHMARKS = Path(hicache_cpu.__file__).parent
 FACTS = {"settings": {"model": "m", "dtype": "float32", "repeats": 2}}
-SHAPE = Shape(history=1000, turn=64, answer=16)
+SHAPE = Shape(history=1000, turn=64, answer=16, turns=10)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +89,10 @@ def test_the_pool_holds_one_history_and_its_turn_but_not_two():
     assert 1000 + 64 + 16 < SHAPE.pool < 2 * SHAPE.pages
 
 
+def test_what_is_kept_has_room_for_two_histories_and_every_turn_in_whole_pages():
+    assert SHAPE.kept >= 2 * 1008 + 10 * 80
+
+
 def test_conversations_alternate_and_turns_are_new():
     prompts = Prompts([[1, 2, 3, 4], [1, 2, 8, 9]], [[5], [6], [7]])
     assert [prompts.of(n, 3) for n in range(3)] == [[1, 2, 3, 5], [1, 2, 8, 6], [1, 2, 3, 7]]
@@ -144,10 +153,35 @@ def test_the_table(tmp_path):
     assert page.read_text() == f"before\n{BEGIN}\n{text}{END}\nafter\n"
 
 
-def test_the_link_carries_one_thing_after_the_other():
-    link = hicache_cpu.Link(bandwidth=1e6)
-    first, second = link.carry(1e5), link.carry(2e5)
+def test_the_link_carries_one_thing_after_the_other(tmp_path):
+    rate = tmp_path / "rate.json"
+    rate.write_text("1e6")
+    link = hicache_cpu.Link(rate)
+    first, second = link.carry(1e5, 2e5)
     assert second - first == pytest.approx(0.2)
+    (third,) = link.carry(1e5)
+    assert third - second == pytest.approx(0.1, abs=0.01)
+    rate.write_text("null")
+    assert link.carry(1e9, 1e9) == [third, third], "memory carries at once what it is given next"
+
+
+def test_a_rate_holds_every_link_and_memory_has_none_without():
+    memory, disk = Link("memory", 1e12), Link("disk")
+    krul = SimpleNamespace(
+        loader=SimpleNamespace(_pipeline=SimpleNamespace(links={"memory": memory, "disk": disk})),
+        planner=SimpleNamespace(load=SimpleNamespace(links={"memory": Rate(1e-12)})),
+    )
+    links, believed = krul.loader._pipeline.links, krul.planner.load.links
+    krul_link.hold(krul, 5e6)
+    assert (memory.bandwidth, disk.bandwidth) == (5e6, 5e6)
+    assert believed["memory"].seconds == 2e-7
+    krul_link.hold(krul, None)
+    assert list(links) == ["disk"]
+    assert disk.bandwidth is None
+    assert not believed
+    krul_link.hold(krul, 1e6)
+    assert links["memory"] is memory
+    assert memory.bandwidth == 1e6
 
 
 @pytest.mark.parametrize(

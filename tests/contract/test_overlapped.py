@@ -1,6 +1,7 @@
 """Loads that go on while the forward pass runs: right rows, and every way they can fail."""
 
 import threading
+import time
 
 import pytest
 from batches import step
@@ -12,6 +13,7 @@ from krul_sglang.codec.base import CodecError
 from krul_sglang.restore.trace import LoadTrace
 from krul_sglang.runtime import restoring
 from krul_sglang.runtime.marks import full_data
+from krul_sglang.runtime.restoring import Pass
 
 HISTORY = list(range(100, 140))
 
@@ -90,6 +92,24 @@ def test_a_restore_says_what_a_pass_costs_or_what_decoders_on_its_cores_do(
     assert not step(rig, [returning(rig, 7, 8, 9)])
     assert (compute.lessons != known) is (decoding == 0)
     assert (compute.beside > 0) is (decoding > 0)
+
+
+def test_what_a_pass_does_outside_its_layers_is_what_they_leave() -> None:
+    """3 s before the first is read and 5 behind the last, one layer of 2 s among them, whatever
+    layers wait."""
+    waits = {0: (3.0, 4.0), 1: (6.0, 6.0), 2: (8.0, 18.0)}
+    own = Pass(began=0.0, waits=waits)
+    assert own.outside_layers(23.0 - own.wait_seconds) == pytest.approx(6.0)
+    assert Pass(began=0.0, waits={0: (3.0, 4.0)}).outside_layers(9.0) is None
+
+
+def test_a_restore_says_what_a_pass_does_outside_its_layers(rig, monkeypatch) -> None:
+    compute = rig.krul.planner.compute
+    assert compute.outside == 0.0
+    prefill = rig.prefill
+    monkeypatch.setattr(rig, "prefill", lambda req: (time.sleep(0.2), prefill(req)))
+    assert not step(rig, [returning(rig, 7, 8, 9)])  # reads every layer, then prefills
+    assert compute.outside > 0.1
 
 
 def test_the_pass_waits_for_each_layer_and_no_longer(rig, faults) -> None:

@@ -24,7 +24,6 @@ from pages import ROOT, Command
 from rules import PORT, Address, WrongError, commands, judged
 
 from krul_sglang.live_server import LiveServer
-from krul_sglang.restore.planner import BLOCK
 
 pytestmark = pytest.mark.server
 
@@ -107,14 +106,14 @@ def of_krul(names: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def test_the_quick_start_restores(answers: list[dict]) -> None:
-    """And is told so as the page says, give or take a block of the planner's."""
+    """And is told so as the page says, give or take a hundredth: timings decide."""
     first, second, again = (one["meta_info"]["cached_tokens_details"] for one in answers)
     assert (first or {}).get("host", 0) == (second or {}).get("host", 0) == 0
     assert again["host"] > 1400
     lines = lines_of(QUICK_START, "Watch a conversation leave and come back")
     told = next(line for line in lines if line.startswith('"cached_tokens_details"'))
     figures = json.loads(f"{{{told}}}")["cached_tokens_details"]
-    assert figures == {name: pytest.approx(again[name], abs=BLOCK) for name in again}
+    assert figures == {name: pytest.approx(again[name], abs=16) for name in again}
 
 
 def test_what_asks_a_server_is_answered(desk: Desk, answers: list[dict], record_property) -> None:

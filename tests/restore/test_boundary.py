@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from krul_sglang.restore.boundary import LEAST, RECENT, Boundary
-from krul_sglang.restore.planner import BLOCK, block
+from krul_sglang.restore.planner import block
 
 
 def seen(shares, history: int = 10_000) -> Boundary:
@@ -21,7 +21,7 @@ def test_too_few_restores_move_nothing() -> None:
 
 
 def test_alike_restores_put_it_a_block_behind_what_they_load() -> None:
-    assert seen([0.25] * LEAST).of(4096) == 1024 + BLOCK
+    assert seen([0.25] * LEAST).of(4096) == 1024 + block(4096)
 
 
 def test_the_more_restores_differ_the_further_back_it_lies() -> None:

@@ -43,13 +43,15 @@ def simulated(p: Planner, one: Turn, choice: int) -> float:
         return float(p.compute.seconds(Prefill.of(new, before)))
 
     arrived = ready = ended = 0.0
+    mine = compute(first, choice) + slower
+    outside = min(p.compute.outside, mine)
     for _ in range(p.layers):
         arrived += (fetch + p.ahead.fetch) / p.layers
         ready = max(ready, arrived) + (decode + p.ahead.decode) / p.layers
-        pass_seconds = compute(first, choice) + slower + p.ahead.compute
-        ended = max(ended, ready) + pass_seconds / p.layers
+        ended = max(ended, ready) + (mine - outside + p.ahead.compute) / p.layers
+    ended += outside
     if p.cores is not None:
-        ended = max(ended, (work + compute(first, choice) + p.ahead.compute) / p.cores)
+        ended = max(ended, (work + compute(first, choice) + p.ahead.cores) / p.cores)
     at = choice + first
     while at < one.end + one.new:
         size = min(p.chunk, one.end + one.new - at)
@@ -68,13 +70,14 @@ def simulated(p: Planner, one: Turn, choice: int) -> float:
     cores=st.sampled_from([None, 1, 2]),
     ahead=st.floats(0, 1),
     beside=st.floats(0, 1),
+    outside=st.floats(0, 1),
 )
 def test_the_choice_is_the_best_there_is(
-    link, decode, token, runs, new, cores, ahead, beside
+    link, decode, token, runs, new, cores, ahead, beside, outside
 ) -> None:
     own = planner(link, decode, token, cores=cores)
-    own.compute.beside = beside
-    own.ahead = Ahead(fetch=ahead, compute=ahead / 2)
+    own.compute.beside, own.compute.outside = beside, outside
+    own.ahead = Ahead(fetch=ahead, compute=ahead / 2, cores=2 * ahead)
     one = turn(runs=runs, new=new)
     plan = own.plan(one)
     ends = {int(p): simulated(own, one, int(p)) for p in own.choices(one)}
@@ -84,6 +87,18 @@ def test_the_choice_is_the_best_there_is(
         assert plan.load == one.end, "as good as any, and computes least"
     elif ends[one.end] > least * 1.0101:
         assert ends[plan.load] == pytest.approx(least, rel=1e-6)
+
+
+def test_a_slowdown_by_decoders_is_no_work_of_its_own() -> None:
+    """Two alike turns take their cores twice as long as one, however much slower they make each
+    other's passes."""
+    own = planner(link=1e-12, decode=1e-4, cores=2)
+    own.compute.beside = 5.0
+    one = own.plan(turn())
+    assert one.compute > one.cores
+    own.take(one, 0)
+    assert own.ahead.cores == one.cores
+    assert own.plan(turn()).cores == one.cores
 
 
 def test_chunks_after_the_first_overlap_with_nothing() -> None:
@@ -114,8 +129,10 @@ def test_what_the_batch_has_already_been_given_pushes_work_to_the_other_stream()
     busy_pass = own.plan(turn()).load
     assert busy_link <= alone <= busy_pass
     assert busy_link < busy_pass
-    own.take(own.plan(turn()), 100)
+    plan = own.plan(turn())
+    own.take(plan, 100)
     assert own.ahead.tokens == 100
+    assert own.ahead.cores == plan.cores
     own.next_batch()
     assert own.ahead == Ahead()
 

@@ -1,0 +1,55 @@
+"""Lets benchmarks/restore.py set the rate of a running Krul server's links.
+
+A plugin that the server under measurement loads (:mod:`server_plugin` brings it into its
+processes); it is no part of the package. The file named by ``RESTORE_LINK_FILE`` holds bytes a
+second, or null for memory itself; the next /server_info obeys it and removes it. The planner then
+begins with that rate, as in a server that was started with it (``--krul-link-bandwidth``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+LINK_FILE = "RESTORE_LINK_FILE"
+"""Name of the environment variable: where rates are put."""
+MEMORY = "memory"
+
+
+def obey(controller: Any, recv_req: Any) -> None:
+    """BEFORE ``get_internal_state``."""
+    krul = getattr(getattr(controller.scheduler, "tree_cache", None), "krul", None)
+    path = Path(os.environ.get(LINK_FILE, "/nonexistent"))
+    if krul is not None and path.exists():
+        hold(krul, json.loads(path.read_text()))
+        path.unlink()
+
+
+def hold(krul: Any, rate: float | None) -> None:
+    """Hold the links of every tier to ``rate`` bytes a second. Memory has none without a rate,
+    as without the flag: its link (the server was started with one) is laid aside."""
+    from krul_sglang.restore.cost import Rate
+
+    links, believed = krul.loader._pipeline.links, krul.planner.load.links
+    aside = vars(krul).setdefault("link_laid_aside", {})
+    if rate is None:
+        aside.update({MEMORY: links.pop(MEMORY)} if MEMORY in links else {})
+        believed.pop(MEMORY, None)
+    else:
+        links.update(aside)
+        believed[MEMORY] = Rate(1 / rate)
+    for link in links.values():
+        link.bandwidth = rate
+
+
+def register() -> None:
+    """The entry point SGLang calls in every process."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    target = (
+        "sglang.srt.managers.scheduler_components.internal_state."
+        "SchedulerInternalStateController.get_internal_state"
+    )
+    HookRegistry.register(target, obey, HookType.BEFORE)

@@ -28,8 +28,9 @@ def obey(controller: Any, recv_req: Any) -> None:
 
 
 def hold(krul: Any, rate: float | None) -> None:
-    """Hold the links of every tier to ``rate`` bytes a second. Memory has none without a rate,
-    as without the flag: its link (the server was started with one) is laid aside."""
+    """Hold the links of every tier to ``rate`` bytes a second, and have the planner know it. Memory
+    has no link without a rate, as without the flag: its own (the server was started with one) is
+    laid aside."""
     from krul_sglang.restore.cost import Rate
 
     links, believed = krul.loader._pipeline.links, krul.planner.load.links
@@ -39,7 +40,7 @@ def hold(krul: Any, rate: float | None) -> None:
         believed.pop(MEMORY, None)
     else:
         links.update(aside)
-        believed[MEMORY] = Rate(1 / rate)
+        believed.update({tier: Rate(1 / rate) for tier in links})
     for link in links.values():
         link.bandwidth = rate
 

@@ -116,8 +116,7 @@ def conclude(
         "ratio": ratio,
         "round_ratios": rounds,
         "within": ratio <= CLAIM,
-        # The noise spans the claim: more repeats would be needed to tell.
-        "undecided": min(rounds) <= CLAIM < max(rounds),
+        "undecided": _middle(rounds)[0] <= CLAIM < _middle(rounds)[1],
         "prediction_error": max((sample.error for sample in own), key=abs),
         "bubble_share": {
             lane: statistics.median(getattr(s, f"{lane}_bubble") / s.makespan for s in traced)
@@ -134,6 +133,14 @@ def conclude(
         ],
         "skipped": [{"load": load, "link_seconds": took} for load, took in sorted(skipped.items())],
     }
+
+
+def _middle(values: Sequence[float]) -> tuple[float, float]:
+    """Where the middle half of them lies."""
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4)
+    return low, high
 
 
 def moved_after(before: Sequence[Sample], after: Sequence[Sample]) -> int | None:

@@ -46,7 +46,7 @@ from plan_run import Benchmark
 from restore import machine, read_prompts, versions
 from restore_cells import Bandwidth, Results
 from restore_peers import KRUL, usual_dtype
-from restore_run import Prompts
+from restore_plan import Prompts
 from rich.console import Console
 
 from krul_sglang.live_server import ServerFailedError
@@ -143,7 +143,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     near = sum(abs(row["prediction_error"]) <= 0.2 for row in choices)
     said = [
         f"planner within {CLAIM - 1:.0%} of the best point: {good} of {len(choices)} settings "
-        f"(in {open_} the rounds lie on both sides)",
+        f"(in {open_} the middle half of the rounds lies on both sides)",
         f"predicted within 20%: {near} of {len(choices)} settings",
     ]
     for row in rows:

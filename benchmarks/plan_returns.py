@@ -20,13 +20,15 @@ from plan_cells import NEAR, Sample, points
 from plan_control import Order
 from restore_cells import Bandwidth
 from restore_peers import MEMORY, Peer, Shape
-from restore_run import Prompts
+from restore_plan import Prompts
 from server_plugin import as_plugin
 
 ANSWER = 1
 """Tokens generated: only the first is timed."""
 REFERENCES = 3
 """Returns that load nothing, from which a history's balanced rate follows."""
+PAGE = 1
+"""Tokens a page of the server, SGLang's default: with larger ones p goes by those."""
 SHORT = 2048
 """Tokens of a history below which a setting takes more rounds, for about the same time."""
 MORE = 4
@@ -58,7 +60,8 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """What all rows of a file have in common."""
         names = ("dtype", "points", "repeats", "warm_up", "turn", "teach")
-        return {"model": self.model.name} | {name: getattr(self, name) for name in names}
+        shared = {name: getattr(self, name) for name in names}
+        return {"model": self.model.name, "page": PAGE, "beside": list(NEAR)} | shared
 
     def repeats_of(self, history: int) -> int:
         """Rounds of each of its settings: passes of few tokens differ more."""
@@ -100,7 +103,7 @@ class Steered(Peer):
                 recompute="auto",
                 profile=plan.profile,
                 plugin={},  # the environment above reaches every child
-                page=1,  # SGLang's default: with larger pages p goes by those
+                page=PAGE,
             )
             server.orders = Path(folder, "order.json")
             try:

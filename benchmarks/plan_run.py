@@ -21,7 +21,7 @@ from plan_cells import (
 from plan_returns import MEMORY, PHASES, REFERENCES, Plan, Returns, Steered
 from restore_cells import UNTHROTTLED, Bandwidth, Cell, Results
 from restore_peers import RECOMPUTE, token_bytes
-from restore_run import Prompts
+from restore_plan import Prompts
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

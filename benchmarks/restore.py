@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import texts
 from restore_cells import P99_REPEATS, UNTHROTTLED, Bandwidth, Cell, Results
 from restore_peers import KRUL, POLICIES, krul_settings, usual_dtype
-from restore_run import Benchmark, Plan, Prompts
+from restore_plan import Plan, Prompts
+from restore_run import Benchmark
 
 from krul_sglang.config import KrulConfig, KrulConfigError
 from krul_sglang.live_server import has_gpu
@@ -43,7 +44,7 @@ from krul_sglang.profile.conversations import chat_ids
 from krul_sglang.profile.locate import ensure
 
 HISTORIES = "512,1024,2048,4096,7000"
-BANDWIDTHS = "balanced/4,balanced,4*balanced,unthrottled"
+BANDWIDTHS = "unthrottled,4*balanced,balanced,balanced/4"
 PACKAGES = ("sglang", "torch", "transformers", "krul-sglang")
 
 
@@ -64,7 +65,10 @@ def read_prompts(model: Path, longest: int, turn: int, turns: int) -> Prompts:
         messages = [{"role": "system", "content": f"{name} wants to chat."}]
         ids: list[int] = []
         while len(ids) < tokens:
-            messages += next(chats)["messages"]
+            chat = next(chats, None)
+            if chat is None:
+                raise ValueError("there are not as many chats as turns: fewer --repeats")
+            messages += chat["messages"]
             ids = chat_ids(tokenizer, messages, answer=False)
         return ids[:tokens]
 

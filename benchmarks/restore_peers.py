@@ -104,6 +104,8 @@ class Answer:
         for tier in ("host", "storage"):
             if tier != source and getattr(self, tier):
                 return f"{getattr(self, tier)} tokens came from the {tier} tier"
+        if self.recomputed and not may_recompute(policy):
+            return f"{self.recomputed} tokens were computed again: a load failed or was given up"
         found = self.host + self.storage + self.recomputed
         if source and found < shape.pages:
             return f"only {found} of {shape.pages} tokens had been kept"
@@ -238,11 +240,16 @@ class Peer:
         )
 
 
+def may_recompute(policy: str) -> bool:
+    """Whether it plans how much of a history to load."""
+    return KRUL.get(policy, (policy, False))[1]
+
+
 def krul_settings(policy: str, recompute: str, profile: Path | None) -> dict[str, Any]:
     """Krul's settings for one of :data:`KRUL`. Raises KrulConfigError."""
-    codec, may_recompute = KRUL[policy]
+    codec, _ = KRUL[policy]
     settings: dict[str, Any] = {"policy": codec, "link_bandwidth": MEMORY}
-    settings["recompute"] = recompute if may_recompute else "never"
+    settings["recompute"] = recompute if may_recompute(policy) else "never"
     if KrulConfig.from_values(settings).needs_profile and profile is not None:
         settings["profile"] = profile.absolute()
     return settings

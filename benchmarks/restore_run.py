@@ -1,21 +1,33 @@
-"""The rounds of benchmarks/restore.py: servers side by side, asked in turns, cell by cell."""
+"""The rounds of benchmarks/restore.py: servers side by side, asked in turns, at one bandwidth after
+the other."""
 
 from __future__ import annotations
 
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import hicache_cpu
 import krul_link
 import psutil
 from restore_cells import UNTHROTTLED, Bandwidth, Cell, Results, agreement, times
-from restore_peers import HICACHE, KRUL, PAGE, RECOMPUTE, Answer, Peer, Shape, token_bytes
+from restore_peers import (
+    HICACHE,
+    KRUL,
+    PAGE,
+    RECOMPUTE,
+    Answer,
+    Peer,
+    Shape,
+    may_recompute,
+    token_bytes,
+)
+from restore_plan import WARM_UP, Plan, Prompts
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from server_plugin import as_plugin
@@ -25,63 +37,6 @@ from krul_sglang.live_server import ServerFailedError
 SERVER_BYTES = 2.4e9
 """What a server of a small model takes of the machine's memory, without any KV."""
 SPARE_BYTES = 1e9
-WARM_UP = 2
-"""Rounds of a cell that are not measured; of policies that do not plan, only of the first cell."""
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Token ids: two conversations as long as any history, and new turns."""
-
-    conversations: Sequence[Sequence[int]]
-    turns: Sequence[Sequence[int]]
-
-    def of(self, number: int, history: int) -> list[int]:
-        """The prompt of a round. Turns do not repeat, as a server keeps them."""
-        return [*self.past(number, history), *self.turns[number % len(self.turns)]]
-
-    def past(self, number: int, history: int) -> Sequence[int]:
-        """Its conversation. They alternate, so that each was just evicted."""
-        return self.conversations[number % len(self.conversations)][:history]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is asked for. dtype: of model and KV; recompute: --krul-recompute of the policies
-    that may; turn, answer: tokens; alive: servers side by side besides `recompute`, None for what
-    fits into memory."""
-
-    model: Path
-    dtype: str
-    profile: Path | None
-    recompute: str
-    longest: int
-    """Tokens of the longest history the model takes."""
-    histories: Sequence[int]
-    bandwidths: Sequence[Bandwidth]
-    policies: Sequence[str]
-    repeats: int
-    turn: int
-    answer: int
-    alive: int | None
-    p99_cells: Sequence[Cell]
-    p99_repeats: int
-
-    def repeats_of(self, cell: Cell) -> int:
-        """How often a cell is measured."""
-        return self.p99_repeats if cell in self.p99_cells else self.repeats
-
-    @property
-    def turns(self) -> int:
-        """Rounds that a server is asked at most."""
-        p99 = {cell.bandwidth for cell in self.p99_cells}
-        longest = (self.p99_repeats if b.name in p99 else self.repeats for b in self.bandwidths)
-        return sum(WARM_UP + max(self.repeats, count) for count in longest)
-
-    def settings(self) -> dict[str, Any]:
-        """What all cells of a file have in common."""
-        names = ("dtype", "recompute", "repeats", "turn", "answer")
-        return {"model": self.model.name} | {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -99,12 +54,6 @@ class Series:
     """The krul block when the rounds began."""
     after: dict[str, Any] = field(default_factory=dict)
     """And when they had ended."""
-
-
-def _warms_up(policy: str, first: bool) -> bool:
-    """Whether a cell of the policy begins with rounds that are not measured. first: on its
-    server; later ones only where a planner has to learn how fast the link is now."""
-    return first or KRUL.get(policy, (policy, False))[1]
 
 
 class Benchmark:
@@ -164,7 +113,8 @@ class Benchmark:
             asked_again |= set(missing)
             total += len(self.prompts.conversations) * bool(missing)
             for nth, cell in enumerate(missing.values()):
-                total += WARM_UP * _warms_up(policy, nth == 0) + self.plan.repeats_of(cell)
+                warms_up = nth == 0 or may_recompute(policy)
+                total += WARM_UP * warms_up + self.plan.repeats_of(cell)
         return total + self.plan.repeats * len(asked_again)
 
     # ---- one history -----------------------------------------------------------
@@ -190,27 +140,30 @@ class Benchmark:
                 self._measure(peers, reference, known["balanced"])
 
     def _fitting(self, history: int) -> int:
-        """Servers for which there is memory now, each with its pool and two kept histories."""
-        each = SERVER_BYTES + 3 * self._raw_bytes(history)
+        """Servers for which there is memory now, each with its pool and all that is kept."""
+        shape = self._shape(history)
+        each = SERVER_BYTES + (shape.pool + shape.kept) * self._token_bytes
         return max(1, int((psutil.virtual_memory().available - SPARE_BYTES) / each))
 
     def _measure(self, peers: Sequence[Peer], reference: Series, balanced: float) -> None:
         """The peers side by side, at one bandwidth after the other."""
         history = reference.cell.history
         begin = 0
+        left = list(peers)
         with self._live(peers):
             for number in range(len(self.prompts.conversations)):
-                past = self.prompts.past(number, history)
                 what = f"{history} tokens: storing a conversation"
-                self._each(peers, what, lambda peer, ids=past: peer.ask(ids, self.plan.answer))
+                self._each(peers, what, lambda peer, n=number: self._pass_by(peer, n))
             for bandwidth in self.plan.bandwidths:
                 rate = bandwidth.rate(balanced)
-                missing = (p for p in peers if bandwidth in self._missing(p.policy, history))
+                missing = (p for p in left if bandwidth in self._missing(p.policy, history))
                 series = [self._series(peer, bandwidth, rate) for peer in missing]
                 if series:
                     begin = self._rounds(series, reference, begin)
                     for one in series:
                         self._put(one, reference.outputs)
+                    # What failed has one error; its other cells stay to be measured.
+                    left = [peer for peer in left if peer.failure is None]
                     if reference.peer.failure is None:
                         self._put(reference)
                     else:  # what the file has of it stays
@@ -218,25 +171,27 @@ class Benchmark:
                         self._console.print(said)
 
     def _rounds(self, group: Sequence[Series], reference: Series | None, begin: int) -> int:
-        """Rounds from number ``begin`` on; returns the number after the last. Every conversation
-        was computed, the first was evicted."""
+        """Rounds from number ``begin`` on, of which the first :data:`WARM_UP` are not measured;
+        returns the number after the last."""
         what = f"{group[0].cell.history} tokens, {group[0].cell.bandwidth}"
         self._each_series(group, what, lambda one: one.peer.throttle(one.rate))
-        warming = [s for s in group if _warms_up(s.peer.policy, s.peer.asked is None)]
+        warming = [s for s in group if s.peer.kept is None or may_recompute(s.peer.policy)]
         for number in range(begin, begin + WARM_UP):
             self._each_series(warming, what, lambda one, n=number: self._ask(one, n))
 
         def look(one: Series) -> None:
+            self._evict(one.peer, begin)
             one.before = one.peer.krul()
-            one.peer.kept = one.peer.kept or one.before
+            if one.peer.kept is None:
+                one.peer.kept = one.before
 
         def measure(one: Series, number: int) -> None:
             given = self._ask(one, number)
             one.samples.append(given)
             one.outputs[number] = given.output
 
-        self._each_series(group, what, look)
         begin += WARM_UP
+        self._each_series(group, what, look)
         end = begin + max(one.repeats for one in group)
         for number in range(begin, end):
             first = number % len(group)  # nobody always follows the same neighbour
@@ -250,19 +205,28 @@ class Benchmark:
 
     def _ask(self, one: Series, number: int) -> Answer:
         """Raises OSError when the answer is no measurement of the policy."""
-        peer, history, answer = one.peer, one.cell.history, self.plan.answer
-        turns = len(self.prompts.conversations)
-        if peer.asked is not None and peer.asked % turns == number % turns:
-            # The same conversation as before, still on the device.
-            peer.ask(self.prompts.past(number + 1, history), answer)
+        peer, history = one.peer, one.cell.history
+        self._evict(peer, number)
         peer.asked = number
         peer.leave_memory()
-        given = peer.ask(self.prompts.of(number, history), answer)
+        given = peer.ask(self.prompts.of(number, history), self.plan.answer)
         self._bar.advance(self._task, history)
         problem = given.problem(peer.policy, peer.shape)
         if problem:
             raise OSError(problem)
         return given
+
+    def _evict(self, peer: Peer, number: int) -> None:
+        """See to it that the conversation of a round is not on the device: the last one is."""
+        turns = len(self.prompts.conversations)
+        if peer.asked is not None and peer.asked % turns == number % turns:
+            self._pass_by(peer, number + 1)
+
+    def _pass_by(self, peer: Peer, number: int) -> None:
+        """Ask the conversation of a round without a turn."""
+        peer.ask(self.prompts.past(number, peer.shape.history), self.plan.answer)
+        peer.asked = number
+        self._bar.advance(self._task, peer.shape.history)
 
     # ---- servers ---------------------------------------------------------------
 
@@ -271,12 +235,15 @@ class Benchmark:
         return Peer(
             policy,
             plan.model,
-            Shape(history, plan.turn, plan.answer, plan.turns),
+            self._shape(history),
             plan.dtype,
             recompute=plan.recompute,
             profile=plan.profile,
             plugin=self._plugins.get(policy, {}),
         )
+
+    def _shape(self, history: int) -> Shape:
+        return Shape(history, self.plan.turn, self.plan.answer, self.plan.turns)
 
     def _series(self, peer: Peer, bandwidth: Bandwidth, rate: float | None) -> Series:
         cell = Cell(peer.policy, peer.shape.history, bandwidth.name)
@@ -292,19 +259,24 @@ class Benchmark:
             except (ServerFailedError, OSError) as error:
                 peer.failure = str(error)
 
+        def end() -> None:
+            with ThreadPoolExecutor(len(peers)) as enders:
+                list(enders.map(Peer.stop, peers))
+
         what = f"{peers[0].shape.history} tokens: starting servers"
         self._bar.update(self._task, description=what)
-        with ExitStack() as stack:
-            for peer in peers:
-                stack.callback(peer.stop)
-            with ThreadPoolExecutor(os.cpu_count()) as starters:
-                try:
-                    list(starters.map(start, peers))
-                except BaseException:  # Ctrl-C: the pool would wait until they are up
-                    for peer in peers:
-                        peer.stop()
-                    raise
+        starters = ThreadPoolExecutor(os.cpu_count())
+        starts = [starters.submit(start, peer) for peer in peers]
+        try:
+            for begun in starts:
+                begun.result()
             yield
+        finally:
+            starters.shutdown(wait=False, cancel_futures=True)
+            end()
+            while not all(begun.done() for begun in starts):  # Ctrl-C: one starts just now
+                time.sleep(0.2)
+                end()
 
     def _each(self, peers: Sequence[Peer], what: str, action: Callable[[Peer], Any]) -> None:
         """One request of every peer that has not failed."""
@@ -315,6 +287,7 @@ class Benchmark:
                     action(peer)
                 except OSError as error:  # requests' errors are
                     peer.failure = str(error)
+                    peer.stop()  # it would take cores from the others
 
     def _each_series(
         self, group: Sequence[Series], what: str, action: Callable[[Series], Any]
@@ -344,7 +317,8 @@ class Benchmark:
             self.failures += 1
             row["error"] = failure
             said = f"[red]error:[/] {failure}"
-        self.results.put(row)
+        if failure is None or self.results.find(one.cell) is None:
+            self.results.put(row)
         self._console.print(
             f"{one.cell.history:5} {one.cell.bandwidth:12} {one.cell.policy:13} {said}",
             highlight=False,

@@ -138,7 +138,8 @@ class ComputeCost:
     inverse square of the distance.
 
     beside: seconds that a pass takes longer for each that a decoder works on its cores meanwhile.
-    outside: seconds of a pass in which it is at none of its layers: embeddings, the head.
+    outside: seconds of a pass in which it is at none of its layers (embeddings, the head), None
+    before any was watched.
     """
 
     fixed: float
@@ -146,7 +147,7 @@ class ComputeCost:
     pair: float
     lessons: dict[tuple[int, ...], Lesson] = field(default_factory=dict)
     beside: float = 0.0
-    outside: float = 0.0
+    outside: float | None = None
 
     def _base(self, prefill: Prefill) -> Floats:
         cost = self.fixed + self.token * prefill.tokens + self.pair * prefill.pairs
@@ -185,8 +186,11 @@ class ComputeCost:
 
     def observe_outside(self, seconds: float) -> None:
         """A pass was at none of its layers for so long."""
-        weight = WEIGHT if self.outside else 1.0
-        self.outside += weight * (max(0.0, seconds) - self.outside)
+        seconds = max(0.0, seconds)
+        if self.outside is None:
+            self.outside = seconds
+        else:
+            self.outside += WEIGHT * (seconds - self.outside)
 
 
 def _position(prefill: Prefill) -> Floats:

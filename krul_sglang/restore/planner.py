@@ -26,7 +26,8 @@ import numpy as np
 from krul_sglang.restore.cost import ComputeCost, Floats, LoadCost, Prefill
 
 CHOICES = 256
-"""Of p, at most: where the span is longer they are as many tokens apart as it takes."""
+"""Of p beside everything, at most: where the span is longer they are as many tokens apart as it
+takes."""
 TRIAL = 64
 """Tokens that are loaded to see whether a link has become better."""
 INDIFFERENT = 0.01
@@ -139,7 +140,7 @@ class Planner:
         threads = np.minimum(self.load.threads, np.maximum(1, len(turn.stored)))
         decode = work / threads
         ahead = self.ahead
-        outside = np.minimum(self.compute.outside, first)
+        outside = np.minimum(self.compute.outside or 0.0, first)
         f, d, c = (
             (own + before) / self.layers
             for own, before in (

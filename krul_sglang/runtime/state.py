@@ -130,7 +130,7 @@ def restoring(cache: Any) -> dict[str, Any]:
                 "token": planner.compute.token,
                 "pair": planner.compute.pair,
                 "beside": round(planner.compute.beside, 4),
-                "outside": round(planner.compute.outside, 6),
+                "outside": round(planner.compute.outside or 0.0, 6),
             },
         },
     }

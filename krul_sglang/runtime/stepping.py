@@ -37,7 +37,8 @@ def run_batch(original: Callable, scheduler: Any, batch: Any, *args: Any, **kwar
         compute = cache.krul.planner.compute
         compute.observe(Prefill.of_batch(new, before), seconds, decoding)
         outside = forward.outside_layers(seconds)
-        if outside is not None:
+        # With the log-probabilities of its prompt asked for, a head takes as long as it never does.
+        if outside is not None and not batch.return_logprob:
             compute.observe_outside(outside)
     if failed:
         _start_anew(scheduler, cache, batch, failed)

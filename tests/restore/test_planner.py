@@ -44,7 +44,7 @@ def simulated(p: Planner, one: Turn, choice: int) -> float:
 
     arrived = ready = ended = 0.0
     mine = compute(first, choice) + slower
-    outside = min(p.compute.outside, mine)
+    outside = min(p.compute.outside or 0.0, mine)
     for _ in range(p.layers):
         arrived += (fetch + p.ahead.fetch) / p.layers
         ready = max(ready, arrived) + (decode + p.ahead.decode) / p.layers

@@ -28,7 +28,7 @@ from krul_sglang.restore.cost import ComputeCost, Floats, LoadCost, Prefill
 CHOICES = 256
 """Of p beside everything, at most: where the span is longer they are as many tokens apart as it
 takes."""
-TRIAL = 64
+TRIAL = 16
 """Tokens that are loaded to see whether a link has become better."""
 INDIFFERENT = 0.01
 """Loading everything is as good as the best choice if it takes no more than this share longer."""

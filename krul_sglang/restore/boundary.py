@@ -21,6 +21,9 @@ from krul_sglang.restore.planner import block
 
 RECENT = 32
 """Restores that are looked back on."""
+MARGIN = 16
+"""Tokens that it lies behind what restores load, at least: a history cut just there would be loaded
+whole, which says that more was wanted."""
 LEAST = 8
 """Restores below which everything is stored."""
 Z = 2.0
@@ -54,5 +57,5 @@ class Boundary:
 
     def of(self, history: int) -> int:
         """Position from which a history of that many tokens is not stored."""
-        step = block(history)
+        step = max(MARGIN, block(history))
         return min(history, math.ceil(self.share * history / step + 1) * step)

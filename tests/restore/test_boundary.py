@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krul_sglang.restore.boundary import LEAST, RECENT, Boundary
+from krul_sglang.restore.boundary import LEAST, MARGIN, RECENT, Boundary
 from krul_sglang.restore.planner import block
 
 
@@ -36,7 +36,8 @@ def test_it_lies_at_or_behind_the_mean_and_within_the_history(shares, history) -
     boundary = seen(shares)
     mean = sum(round(s * 10_000) for s in shares) / len(shares) / 10_000
     assert min(history, int(mean * history)) <= boundary.of(history) <= history
-    assert boundary.of(history) == history or boundary.of(history) % block(history) == 0
+    step = max(MARGIN, block(history))
+    assert boundary.of(history) == history or boundary.of(history) % step == 0
 
 
 def test_a_history_cut_short_that_is_loaded_whole_counts_as_all() -> None:

@@ -229,7 +229,6 @@ def main() -> int:
         plan = read_plan(options)
         facts = {"machine": machine(), "versions": versions(), "settings": plan.settings()}
         results = Results(options.json, facts)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         benchmark = Benchmark(plan, results, prompts_of(plan), console)
         benchmark.run()
         if options.png:

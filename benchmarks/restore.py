@@ -214,7 +214,6 @@ def main() -> int:
         plan = read_plan(options)
         facts = {"machine": machine(), "versions": versions(), "settings": plan.settings()}
         results = Results(options.json, facts)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         # The model's longest: a file may be continued with other histories.
         prompts = read_prompts(plan.model, plan.longest, plan.turn, plan.turns)
         benchmark = Benchmark(plan, results, prompts, console)

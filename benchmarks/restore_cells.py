@@ -106,8 +106,16 @@ class Results:
     """The file: every finished cell, and what they were measured with."""
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        """Continues ``path`` if it exists. Raises ValueError when it was made otherwise."""
+        """Continues ``path`` if it exists. Raises ValueError when it was made otherwise, or can't
+        be written."""
         self._path = path
+        self._draft = path.with_suffix(".partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._draft.touch()
+            self._draft.unlink()
+        except OSError as error:
+            raise ValueError(f"--json {path}: cannot be written: {error.strerror}") from None
         self.data: dict[str, Any] = {**facts, "rows": []}
         if not path.exists():
             return
@@ -131,6 +139,5 @@ class Results:
         """Add or replace a row, and write the file."""
         others = [old for old in self.data["rows"] if Cell.of(old) != Cell.of(row)]
         self.data["rows"] = [*others, row]
-        draft = self._path.with_suffix(".partial")
-        draft.write_text(json.dumps(self.data, indent=1) + "\n")
-        draft.replace(self._path)
+        self._draft.write_text(json.dumps(self.data, indent=1) + "\n")
+        self._draft.replace(self._path)

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -274,8 +273,8 @@ class Benchmark:
         finally:
             starters.shutdown(wait=False, cancel_futures=True)
             end()
-            while not all(begun.done() for begun in starts):  # Ctrl-C: one starts just now
-                time.sleep(0.2)
+            while late := [begun for begun in starts if not begun.done()]:  # Ctrl-C: just begun
+                wait(late, timeout=0.2)
                 end()
 
     def _each(self, peers: Sequence[Peer], what: str, action: Callable[[Peer], Any]) -> None:

@@ -119,6 +119,13 @@ def test_a_file_is_continued(tmp_path):
     assert Results(path, FACTS).find(failed)["ttft_p50"] == 2.0
 
 
+@pytest.mark.parametrize("place", ["file/out.json", "/proc/nowhere/out.json"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"^--json .*out\.json: cannot be written: "):
+        Results(tmp_path / place, FACTS)
+
+
 def test_a_file_of_other_settings_is_refused(tmp_path):
     path = tmp_path / "out.json"
     Results(path, FACTS).put(row("lossless"))

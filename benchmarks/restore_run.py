@@ -315,7 +315,7 @@ class Benchmark:
         else:
             self.failures += 1
             row["error"] = failure
-            said = f"[red]error:[/] {failure}"
+            said = f"[red]error:[/] {failure.splitlines()[0]}"  # the file has the rest
         if failure is None or self.results.find(one.cell) is None:
             self.results.put(row)
         self._console.print(

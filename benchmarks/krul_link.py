@@ -1,9 +1,11 @@
-"""Lets benchmarks/restore.py set the rate of a running Krul server's links.
+"""Lets benchmarks/restore.py set the rate of a running Krul server's links, and evict tokens.
 
 A plugin that the server under measurement loads (:mod:`server_plugin` brings it into its
-processes); it is no part of the package. The file named by ``RESTORE_LINK_FILE`` holds bytes a
-second, or null for memory itself; the next /server_info obeys it and removes it. The planner then
-begins with that rate, as in a server that was started with it (``--krul-link-bandwidth``).
+processes); it is no part of the package. The file named by ``RESTORE_LINK_FILE`` holds a JSON
+object; the next /server_info obeys it and removes it. ``rate``: bytes a second, or null for memory
+itself; the planner then begins with that rate, as in a server that was started with it
+(``--krul-link-bandwidth``). ``evict``: that many tokens leave the device, the least recently used
+first, as when another request needs their room.
 """
 
 from __future__ import annotations
@@ -14,17 +16,24 @@ from pathlib import Path
 from typing import Any
 
 LINK_FILE = "RESTORE_LINK_FILE"
-"""Name of the environment variable: where rates are put."""
+"""Name of the environment variable: where orders are put."""
 MEMORY = "memory"
 
 
 def obey(controller: Any, recv_req: Any) -> None:
     """BEFORE ``get_internal_state``."""
-    krul = getattr(getattr(controller.scheduler, "tree_cache", None), "krul", None)
+    from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+    cache = getattr(controller.scheduler, "tree_cache", None)
     path = Path(os.environ.get(LINK_FILE, "/nonexistent"))
-    if krul is not None and path.exists():
-        hold(krul, json.loads(path.read_text()))
-        path.unlink()
+    if not hasattr(cache, "krul") or not path.exists():
+        return
+    order = json.loads(path.read_text())
+    if "rate" in order:
+        hold(cache.krul, order["rate"])
+    if "evict" in order:
+        cache.evict(EvictParams(num_tokens=order["evict"]))
+    path.unlink()
 
 
 def hold(krul: Any, rate: float | None) -> None:

@@ -77,6 +77,11 @@ class Shape:
         return -(-(self.history + self.turn + self.answer + SLACK) // PAGE) * PAGE
 
     @property
+    def spare(self) -> int:
+        """Tokens that the pool has room for beside a history and an answer, without a turn."""
+        return self.pool - self.history - self.answer
+
+    @property
     def kept(self) -> int:
         """Tokens of two conversations and all their turns, in whole pages."""
         turn = -(-(self.turn + self.answer) // PAGE) * PAGE
@@ -115,8 +120,9 @@ class Answer:
 class Peer:
     """A live server of one policy.
 
-    asked: the number of its last request, see Prompts.of. kept: the krul block when both
-    conversations had been stored. failure: why it can't be measured.
+    asked: the number of its last request, see Prompts.of. loaded: tokens that each conversation's
+    last answer had loaded. kept: the krul block when both conversations had been stored. failure:
+    why it can't be measured.
     """
 
     asked: int | None = None
@@ -141,8 +147,9 @@ class Peer:
         self.shape = shape
         self._files = TemporaryDirectory(prefix="kept-kv-")
         self._orders = TemporaryDirectory(prefix="restore-link-")
-        self._link = Path(self._orders.name, "rate.json")
-        self._link.write_text("null")
+        self.loaded: dict[int, int] = {}
+        self._link = Path(self._orders.name, "link.json")
+        self._put_rate(None)
         env = dict(plugin)
         flags = ["--dtype", dtype, "--page-size", str(page), "--sleep-on-idle"]
         flags += ["--max-total-tokens", str(shape.pool), "--chunked-prefill-size", "8192"]
@@ -198,11 +205,25 @@ class Peer:
     def throttle(self, rate: float | None) -> None:
         """From now on its link carries so many bytes a second, None for memory itself. Raises
         OSError."""
-        draft = self._link.with_suffix(".draft")
-        draft.write_text(json.dumps(rate))
-        draft.replace(self._link)
+        self._put_rate(rate)
         if self.krul() and self._link.exists():
             raise OSError("the server's link can't be throttled")
+
+    def leave_device(self, tokens: int) -> None:
+        """Evict what was least recently used. Raises OSError."""
+        self._put({"evict": tokens})
+        if self.krul() and self._link.exists():
+            raise OSError("the server does not evict")
+        self.settle()
+
+    def _put_rate(self, rate: float | None) -> None:
+        self._put(rate if self.policy in HICACHE else {"rate": rate})
+
+    def _put(self, order: Any) -> None:
+        """Leave an order for the server's plugin, which finds all of it or nothing."""
+        draft = self._link.with_suffix(".draft")
+        draft.write_text(json.dumps(order))
+        draft.replace(self._link)
 
     def leave_memory(self) -> None:
         """What is stored lies in files only, where the policy is about those. Raises OSError."""

@@ -90,9 +90,11 @@ class Benchmark:
     # ---- what is left to do ----------------------------------------------------
 
     def _known(self, cell: Cell) -> dict[str, Any] | None:
-        """The cell's row, if it was measured as often as it is asked for."""
+        """The cell's row, if it was measured as often as it is asked for, beside `recompute`."""
         row = self.results.find(cell)
-        return row if row and row["repeats"] >= self.plan.repeats_of(cell) else None
+        if row is None or row["repeats"] < self.plan.repeats_of(cell):
+            return None
+        return None if row["agreement"] is None and cell.policy != RECOMPUTE else row
 
     def _missing(self, policy: str, history: int) -> dict[Bandwidth, Cell]:
         if policy == RECOMPUTE:
@@ -165,7 +167,8 @@ class Benchmark:
                     left = [peer for peer in left if peer.failure is None]
                     if reference.peer.failure is None:
                         self._put(reference)
-                    else:  # what the file has of it stays
+                    else:  # what the file has of it stays; cells without it are measured again
+                        self.failures += 1
                         said = f"recompute was not asked again: {reference.peer.failure}"
                         self._console.print(said)
 
@@ -206,10 +209,8 @@ class Benchmark:
         """Raises OSError when the answer is no measurement of the policy."""
         peer, history = one.peer, one.cell.history
         self._evict(peer, number)
-        peer.asked = number
         peer.leave_memory()
-        given = peer.ask(self.prompts.of(number, history), self.plan.answer)
-        self._bar.advance(self._task, history)
+        given = self._send(peer, number, self.prompts.of(number, history))
         problem = given.problem(peer.policy, peer.shape)
         if problem:
             raise OSError(problem)
@@ -220,12 +221,21 @@ class Benchmark:
         turns = len(self.prompts.conversations)
         if peer.asked is not None and peer.asked % turns == number % turns:
             self._pass_by(peer, number + 1)
+        # A head of few tokens finds room beside the other conversation.
+        left = peer.loaded.get(number % turns, 0) if may_recompute(peer.policy) else 0
+        if 0 < left <= peer.shape.spare:
+            peer.leave_device(left)
 
     def _pass_by(self, peer: Peer, number: int) -> None:
         """Ask the conversation of a round without a turn."""
-        peer.ask(self.prompts.past(number, peer.shape.history), self.plan.answer)
+        self._send(peer, number, self.prompts.past(number, peer.shape.history))
+
+    def _send(self, peer: Peer, number: int, ids: Sequence[int]) -> Answer:
         peer.asked = number
+        given = peer.ask(ids, self.plan.answer)
+        peer.loaded[number % len(self.prompts.conversations)] = given.host
         self._bar.advance(self._task, peer.shape.history)
+        return given
 
     # ---- servers ---------------------------------------------------------------
 

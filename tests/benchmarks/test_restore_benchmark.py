@@ -90,6 +90,10 @@ def test_the_pool_holds_one_history_and_its_turn_but_not_two():
     assert 1000 + 64 + 16 < SHAPE.pool < 2 * SHAPE.pages
 
 
+def test_what_is_spare_is_room_that_a_head_may_stay_in():
+    assert SHAPE.spare == SHAPE.pool - 1000 - 16 >= SHAPE.turn
+
+
 def test_what_is_kept_has_room_for_two_histories_and_every_turn_in_whole_pages():
     assert SHAPE.kept >= 2 * 1008 + 10 * 80
 
@@ -190,6 +194,23 @@ def test_a_rate_holds_every_link_and_memory_has_none_without():
     krul_link.hold(krul, 1e6)
     assert links["memory"] is memory
     assert memory.bandwidth == 1e6
+
+
+def test_orders_are_obeyed_once(tmp_path, monkeypatch):
+    """And a cache that is not Krul's leaves them, which the client finds."""
+    evicted = []
+    cache = SimpleNamespace(evict=lambda params: evicted.append(params.num_tokens))
+    controller = SimpleNamespace(scheduler=SimpleNamespace(tree_cache=cache))
+    order = tmp_path / "link.json"
+    monkeypatch.setenv(krul_link.LINK_FILE, str(order))
+    order.write_text('{"evict": 16}')
+    krul_link.obey(controller, None)
+    assert order.exists()
+    cache.krul = SimpleNamespace()
+    for _ in range(2):
+        krul_link.obey(controller, None)
+    assert evicted == [16]
+    assert not order.exists()
 
 
 @pytest.mark.parametrize(

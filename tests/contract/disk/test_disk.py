@@ -15,11 +15,6 @@ HISTORY = list(range(1000, 1090))
 ROUNDING = Strategy("rounding")
 
 
-@pytest.fixture
-def root(tmp_path) -> Path:
-    return tmp_path / "tier"
-
-
 def stored(rig: Rig, tokens=HISTORY) -> None:
     """A conversation that has left the device and is on the disk."""
     rig.turn(tokens, answer=[7])

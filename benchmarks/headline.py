@@ -3,8 +3,8 @@
     python benchmarks/headline.py --restore docs/restore.json --readme README.md \
         --png docs/headline.png
 
-Nothing is measured: the times and bytes are those of benchmarks/restore.py, at the longest history
-that it measured for all that is compared.
+Nothing is measured: the times and bytes are those of benchmarks/restore.py, at the history of which
+the other pages tell.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+HISTORY = 4096
+"""Tokens."""
 WAYS = {
     "recompute": "computed anew",
     "hicache_host": "HiCache, SGLang's host memory cache",
@@ -34,20 +36,17 @@ Row = Mapping[str, Any]
 
 
 class Headline:
-    """What the file says of the longest history that was measured for all of :data:`WAYS`."""
+    """What the file says of one history."""
 
-    def __init__(self, restore: Mapping[str, Any]) -> None:
-        """Raises ValueError where a row is missing."""
-        self._restore = restore
-        rows = [row for row in restore["rows"] if "error" not in row]
+    def __init__(self, restore: Mapping[str, Any], history: int) -> None:
+        """history: tokens. Raises ValueError where a row is missing."""
+        self._restore, self.history = restore, history
+        rows = (row for row in restore["rows"] if "error" not in row)
+        self._rows = [row for row in rows if row["history"] == history]
         wanted = {(way, link) for way in WAYS for link in LINKS if way != "recompute"}
-        for history in sorted({row["history"] for row in rows}, reverse=True):
-            here = [row for row in rows if row["history"] == history]
-            found = {(row["policy"], row["bandwidth_name"]) for row in here}
-            if wanted <= found and any(row["policy"] == "recompute" for row in here):
-                self.history, self._rows = history, here
-                return
-        raise ValueError(f"no history was measured for all of {', '.join(WAYS)}")
+        found = {(row["policy"], row["bandwidth_name"]) for row in self._rows}
+        if not (wanted <= found and any(row["policy"] == "recompute" for row in self._rows)):
+            raise ValueError(f"{history} tokens were not measured for all of {', '.join(WAYS)}")
 
     def row(self, way: str, link: str) -> Row:
         """A cell; computing anew needs no link."""
@@ -61,7 +60,8 @@ class Headline:
     def machine(self) -> str:
         """Model, number format and hardware, in one line."""
         machine, settings = self._restore["machine"], self._restore["settings"]
-        device = machine["gpu"] or f"{machine['cores']} cores of an {machine['cpu']}, no GPU"
+        cpu = machine["cpu"].replace("(R)", "")
+        device = machine["gpu"] or f"{machine['cores']} cores of an {cpu}, no GPU"
         return f"{settings['model']}, {settings['dtype']}, {device}"
 
     @property
@@ -151,11 +151,12 @@ def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--restore", type=Path, default=ROOT / "docs/restore.json")
+    parser.add_argument("--history", type=int, default=HISTORY, help="tokens")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--png", type=Path, help="draw the picture here")
     options = parser.parse_args()
     try:
-        found = Headline(json.loads(options.restore.read_text()))
+        found = Headline(json.loads(options.restore.read_text()), options.history)
         fill(options.readme, markdown(found))
         if options.png is not None:
             draw(found, options.png)

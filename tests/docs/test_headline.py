@@ -34,14 +34,14 @@ def test_the_readme_is_what_the_results_say(tmp_path: Path) -> None:
 def test_another_result_is_another_table(tmp_path: Path) -> None:
     """Nothing in the table is written by hand."""
     found = json.loads(RESTORE.read_text())
-    for number, row in enumerate(found["rows"]):
-        row["ttft_p50"] = 101.0 + number
+    for row in found["rows"]:
+        row["ttft_p50"] = 101.0
     other = tmp_path / "restore.json"
     other.write_text(json.dumps(found))
     page = written(tmp_path, "--restore", str(other))
     table = [line for line in page.splitlines() if line.startswith("|") and " s (" in line]
     assert len(table) == 4
-    assert all(" 10" in line or "**10" in line or " 11" in line for line in table)
+    assert all(line.count("101.0 s (") == 2 for line in table)
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:

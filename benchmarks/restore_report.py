@@ -225,13 +225,12 @@ def _rate(run: Run, history: int, bandwidth: str) -> str:
 
 
 def plot_storage(run: Run, path: Path) -> None:
-    """Bytes kept a token, of the longest history of each policy."""
+    """Bytes kept of one history: the longest of those that the most policies kept."""
     figure, panel = pyplot.subplots(figsize=(7.5, 4.6), layout="constrained")
-    bars = []
-    for policy in run.policies:
-        rows = [row for row in run.rows if row["policy"] == policy and row["stored_bytes"]]
-        if rows:
-            bars.append(max(rows, key=lambda row: row["history"]))
+    kept = [row for row in run.rows if row["stored_bytes"]]
+    of = {h: {row["policy"]: row for row in kept if row["history"] == h} for h in run.histories}
+    history = max(run.histories, key=lambda h: (len(of[h]), h))
+    bars = [of[history][policy] for policy in run.policies if policy in of[history]]
     sizes = [row["stored_bytes"] / row["raw_bytes"] for row in bars]
     colours = [STYLES[row["policy"]][0] for row in bars]
     drawn = panel.bar([row["policy"] for row in bars], sizes, color=colours)
@@ -243,8 +242,7 @@ def plot_storage(run: Run, path: Path) -> None:
     panel.bar_label(drawn, labels, padding=2, fontsize=9)
     panel.set_ylim(0, 1.18)
     panel.set_ylabel(f"of the raw {run.data['settings']['dtype']} KV")
-    longest = max(row["history"] for row in bars)
-    panel.set_title(f"What is kept of a history of {longest:,} tokens", fontsize=12)
+    panel.set_title(f"What is kept of a history of {history:,} tokens", fontsize=12)
     panel.grid(alpha=0.3, axis="y")
     panel.set_axisbelow(True)
     panel.tick_params(axis="x", labelsize=9, rotation=15)

@@ -90,10 +90,6 @@ def test_the_pool_holds_one_history_and_its_turn_but_not_two():
     assert 1000 + 64 + 16 < SHAPE.pool < 2 * SHAPE.pages
 
 
-def test_what_is_spare_is_room_that_a_head_may_stay_in():
-    assert SHAPE.spare == SHAPE.pool - 1000 - 16 >= SHAPE.turn
-
-
 def test_what_is_kept_has_room_for_two_histories_and_every_turn_in_whole_pages():
     assert SHAPE.kept >= 2 * 1008 + 10 * 80
 

@@ -42,19 +42,35 @@ def _best(ends: Floats) -> int:
     return int(np.flatnonzero(ends <= least * (1 + 1e-9))[-1])
 
 
+def _plan(choices: np.ndarray, ends: Floats, parts: Sequence[Floats], at: int) -> Plan:
+    fetch, *rest = (part[..., at] for part in parts)
+    return Plan(int(choices[at]), float(ends[at]), fetch, *map(float, rest))
+
+
 def block(span: int) -> int:
     """Tokens between two choices of p where there are ``span`` to choose from."""
     return max(1, -(-span // CHOICES))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoredRun:
-    """Tokens that are stored as one, in the order of the history."""
+    """Tokens that are stored as one, in the order of the history.
+
+    layer_bytes: ``[layers]``, what each layer needs of ``nbytes`` beyond those below it, in any
+    unit; None where that is not known, or where all need as much.
+    """
 
     tokens: int
     nbytes: int
     codec: str
     tier: str = "memory"
+    layer_bytes: Floats | None = None
+
+    def shares(self, layers: int) -> Floats:
+        """``[layers]``, of 1: each layer's part of the bytes."""
+        if self.layer_bytes is None or not self.layer_bytes.any():
+            return np.full(layers, 1 / layers)
+        return self.layer_bytes / self.layer_bytes.sum()
 
 
 @dataclass(frozen=True)
@@ -77,26 +93,26 @@ class Turn:
 
 @dataclass
 class Ahead:
-    """What requests of the same batch have already been given, seconds. cores: of one core,
-    decoding and computing together."""
+    """What requests of the same batch have already been given, seconds. fetch: of each layer,
+    ``[layers]``, or 0. cores: of one core, decoding and computing together."""
 
-    fetch: float = 0.0
+    fetch: Floats | float = 0.0
     decode: float = 0.0
     compute: float = 0.0
     cores: float = 0.0
     tokens: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """load: absolute position up to which stored tokens are loaded. seconds: from the start
     to the end of the pass, expected. The parts are this request's own seconds, one stream
-    alone: link, decoders (side by side), pass; and those that one core would take for all of its
-    decoding and computing."""
+    alone: link (of each layer, ``[layers]``), decoders (side by side), pass; and those that one
+    core would take for all of its decoding and computing."""
 
     load: int
     seconds: float
-    fetch: float
+    fetch: Floats
     decode: float
     compute: float
     cores: float
@@ -130,10 +146,15 @@ class Planner:
             # Of what hope alone would load, a little: the rest would be lost were it in vain.
             sober = replace(self, load=self.load.without_hope())
             best = min(best, max(trial, _best(sober.ends(turn, choices)[0])))
-        return Plan(int(choices[best]), float(ends[best]), *(float(part[best]) for part in parts))
+        return _plan(choices, ends, parts, best)
+
+    def load_all(self, turn: Turn) -> Plan:
+        """What loading everything is expected to take."""
+        choices = np.array([turn.end])
+        return _plan(choices, *self.ends(turn, choices), 0)
 
     def ends(self, turn: Turn, choices: np.ndarray) -> tuple[Floats, tuple[Floats, ...]]:
-        """For each p: seconds to the end of the pass, and the parts of a :class:`Plan`."""
+        """For each p: seconds to the end of the pass, and the parts of a :class:`Plan`, p last."""
         fetch, work = self._loading(turn, choices)
         alone, later = self._computing(turn, choices)
         first = alone + self.compute.beside * work
@@ -141,18 +162,13 @@ class Planner:
         decode = work / threads
         ahead = self.ahead
         outside = np.minimum(self.compute.outside or 0.0, first)
-        f, d, c = (
-            (own + before) / self.layers
-            for own, before in (
-                (fetch, ahead.fetch),
-                (decode, ahead.decode),
-                (first - outside, ahead.compute),
-            )
-        )
+        arrived = np.cumsum(fetch + np.reshape(ahead.fetch, (-1, 1)), axis=0)
+        d = (decode + ahead.decode) / self.layers
+        c = (first - outside + ahead.compute) / self.layers
         ready = np.zeros(len(choices))
         end = np.zeros(len(choices))
-        for layer in range(1, self.layers + 1):
-            ready = np.maximum(ready, layer * f) + d
+        for f in arrived:
+            ready = np.maximum(ready, f) + d
             end = np.maximum(end, ready) + c
         end = end + outside
         if self.cores is not None:
@@ -160,13 +176,15 @@ class Planner:
         return end + later, (fetch, decode, first + later, work + alone + later)
 
     def _loading(self, turn: Turn, choices: np.ndarray) -> tuple[Floats, Floats]:
-        """Seconds of the link, and of one decoder."""
-        fetch, decode = np.zeros(len(choices)), np.zeros(len(choices))
+        """Seconds of the link for each layer and p, and of one decoder for each p."""
+        fetch = np.zeros((self.layers, len(choices)))
+        decode = np.zeros(len(choices))
         begin = turn.device
         for run in turn.stored:
-            share = np.clip((choices - begin) / run.tokens, 0.0, 1.0)
-            fetch += share * self.load.fetch_seconds(run.tier, run.nbytes)
-            decode += share * self.load.decode_seconds(run.codec, run.tokens)
+            loaded = np.clip((choices - begin) / run.tokens, 0.0, 1.0)
+            seconds = self.load.fetch_seconds(run.tier, run.nbytes)
+            fetch += np.outer(seconds * run.shares(self.layers), loaded)
+            decode += loaded * self.load.decode_seconds(run.codec, run.tokens)
             begin += run.tokens
         return fetch, decode
 
@@ -193,7 +211,7 @@ class Planner:
     def take(self, plan: Plan, tokens: int) -> None:
         """The turn was admitted: what follows in its batch comes after it. tokens: that its
         pass computes."""
-        self.ahead.fetch += plan.fetch
+        self.ahead.fetch = self.ahead.fetch + plan.fetch
         self.ahead.decode += plan.decode
         self.ahead.compute += plan.compute
         self.ahead.cores += plan.cores

@@ -130,14 +130,16 @@ def pyramid(planner: Planner, turn: Turn, steps: int = STEPS) -> Split:
     Exact where nothing is to be decoded. Decoding is taken to be no later than its own layer's
     bytes and its own sum allow, which no order of the two beats: with decoding the result is a
     bound. All tokens are one pass. Raises ValueError for a history that is stored as several
-    runs, whose tokens need not cost the same.
+    runs, whose tokens need not cost the same, or whose layers' bytes differ.
     """
     if len(turn.stored) != 1:
         raise ValueError(f"a history of one run is expected, not of {len(turn.stored)}")
+    if turn.stored[0].layer_bytes is not None:
+        raise ValueError("a history whose layers need as many bytes each is expected")
     choices = np.linspace(turn.device, turn.end, steps + 1)
     whole = Planner(planner.layers, planner.compute, planner.load)
-    _, parts = whole.ends(turn, choices)
-    fetch, decode, compute = (part / planner.layers for part in parts[:3])
+    _, (by_layer, *rest) = whole.ends(turn, choices)
+    fetch, (decode, compute) = by_layer[0], (part / planner.layers for part in rest[:2])
     sums = np.arange(planner.layers * steps + 1)
     # The earliest that a layer with p_l = p is decoded, s steps being loaded up to it: [p, s].
     ready = np.maximum(sums * (fetch[-1] / steps) + decode[:, None], sums * (decode[-1] / steps))

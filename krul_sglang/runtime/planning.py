@@ -40,7 +40,9 @@ class Plans:
             codec = RAW if segment is None else segment.codec or RAW
             tokens = 1 if segment is None else segment.tokens
             tier = "disk" if segment is not None and segment.is_on_disk_only else MEMORY
-            runs.append(StoredRun(run.tokens, whole * run.tokens // tokens, codec, tier))
+            by_layer = None if segment is None else segment.layer_bytes
+            nbytes = whole * run.tokens // tokens
+            runs.append(StoredRun(run.tokens, nbytes, codec, tier, by_layer))
         return runs
 
     def wanted_length(self, req: Any, result: MatchResult) -> int:
@@ -73,10 +75,7 @@ class Plans:
 
     def expected(self, device: int, ids: torch.Tensor, new: int) -> Plan:
         """What loading all of ``ids`` is expected to take."""
-        planner = self._krul.planner
-        turn = Turn(device, self.stored_runs(ids), new)
-        ends, parts = planner.ends(turn, planner.choices(turn)[-1:])
-        return Plan(turn.end, float(ends[0]), *(float(part[0]) for part in parts))
+        return self._krul.planner.load_all(Turn(device, self.stored_runs(ids), new))
 
     def decided(self, req: Any) -> None:
         """The request was admitted with what was planned for it, if anything."""

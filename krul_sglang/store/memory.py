@@ -125,6 +125,7 @@ class MemoryStore:
             return
         encoded = self._encoder.encode(segment.id, run, strategy)
         payload, attention = encoded.payload, record_of(strategy, run.tokens)
+        reader = self._codec_for(encoded.codec).open(payload)  # or else the rows are kept
         with self._lock:
             self.stats.encode_seconds += encoded.seconds
             self.stats.encoded_segments += 1
@@ -135,11 +136,13 @@ class MemoryStore:
                 return
             self._held.count(segment, -1)
             self.ledger.move("staging", "tier", segment.staged_bytes, len(payload))
-            self.ledger.add("index", attention.nbytes if attention is not None else 0)
+            before = segment.index_bytes
             segment.payload = payload
             segment.sealed_bytes = len(payload)
             segment.codec = encoded.codec
             segment.attention = attention
+            segment.learn_layers(reader)
+            self.ledger.add("index", segment.index_bytes - before)
             segment.run = segment.strategy = None
             segment.state = SegmentState.SEALED
             self._held.count(segment, 1)
@@ -309,6 +312,12 @@ class MemoryStore:
             raise CodecError(f"segment {segment.id} is lost")
         if reader.tokens != segment.tokens or reader.start != segment.start:
             raise CodecError(f"segment {segment.id} holds another run than its record says")
+        with self._lock:
+            # The file may hold another codec's payload than what was sealed here.
+            if segment.id in self._segments and (payload is None or segment.layer_bytes is None):
+                before = segment.index_bytes
+                segment.learn_layers(reader)
+                self.ledger.add("index", segment.index_bytes - before)
         return reader
 
     # ---- letting go ------------------------------------------------------------

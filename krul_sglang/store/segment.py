@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from krul_sglang.codec.base import KVRun, Payload
+import numpy as np
+
+from krul_sglang.codec.base import KVRun, Payload, SegmentReader
 from krul_sglang.similarity.record import AttentionRecord
 from krul_sglang.strategy.base import Strategy
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from krul_sglang.store.disk.entry import EntryName, Namespace
 
 
@@ -57,6 +57,8 @@ class Segment:
         been replaced by lossless when it could not handle the run).
     sealed_bytes: length of the payload, wherever it is. file: where on the disk it is.
     attention: how alike its layers attended, where that was measured.
+    layer_bytes: int64 ``[layers]``, what each layer needs of the payload beyond those below it;
+        None before the payload was opened here.
     """
 
     id: int
@@ -74,7 +76,12 @@ class Segment:
     origin: Origin | None = None
     codec: str = ""
     attention: AttentionRecord | None = None
+    layer_bytes: np.ndarray | None = None
     waiting: bool = True
+
+    def learn_layers(self, reader: SegmentReader) -> None:
+        """Its payload was opened: set :attr:`layer_bytes`."""
+        self.layer_bytes = np.array(reader.layer_bytes(), np.int64)
 
     @property
     def staged_bytes(self) -> int:
@@ -106,5 +113,5 @@ class Segment:
     @property
     def index_bytes(self) -> int:
         """Bytes of the record and of the tree's slot ids."""
-        measured = self.attention.nbytes if self.attention is not None else 0
-        return RECORD_BYTES + SLOT_BYTES * self.tokens + measured + self.origin_bytes
+        kept = sum(own.nbytes for own in (self.attention, self.layer_bytes) if own is not None)
+        return RECORD_BYTES + SLOT_BYTES * self.tokens + kept + self.origin_bytes

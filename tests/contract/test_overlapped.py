@@ -285,3 +285,19 @@ def restoring_rate(bandwidth: float):
     from krul_sglang.restore.cost import Rate
 
     return Rate(1 / bandwidth)
+
+
+def test_the_planner_is_told_what_each_layer_needs(rig) -> None:
+    converse(rig, range(500, 530))
+    (node,) = rig.find(range(500, 530))
+    plans = rig.cache.restores.plans
+    with rig.krul.store.held_back():
+        rig.evict()
+        ids = full_data(node).host_value
+        (staged,) = plans.stored_runs(ids)
+    assert staged.layer_bytes is None
+    rig.sealed()
+    (run,) = plans.stored_runs(ids[5:])
+    segment = rig.krul.store.get(rig.segment_ids(node)[0])
+    assert run.layer_bytes.tolist() == rig.krul.store.open(segment).layer_bytes()
+    assert run.nbytes == segment.stored_bytes * run.tokens // segment.tokens

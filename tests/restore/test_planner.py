@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -20,17 +21,27 @@ def planner(link: float = 1e-8, decode: float = 1e-5, token: float = 1e-3, **opt
     return Planner(LAYERS, ComputeCost(1e-3, token, 1e-7), load, **options)
 
 
-def turn(device: int = 4, runs: int = 4, new: int = 64, nbytes: int = 10**6) -> Turn:
-    return Turn(device, [StoredRun(512, nbytes, "c")] * runs, new)
+def turn(
+    device: int = 4,
+    runs: int = 4,
+    new: int = 64,
+    nbytes: int = 10**6,
+    layer_bytes: Sequence[int] | None = None,
+) -> Turn:
+    by_layer = None if layer_bytes is None else np.array(layer_bytes)
+    return Turn(device, [StoredRun(512, nbytes, "c", layer_bytes=by_layer)] * runs, new)
 
 
 def simulated(p: Planner, one: Turn, choice: int) -> float:
     """When the pass ends, by event times of each stage and layer, written out."""
-    fetch = decode = 0.0
+    fetch, decode = [0.0] * p.layers, 0.0
     begin = one.device
     for run in one.stored:
         share = min(1.0, max(0.0, (choice - begin) / run.tokens))
-        fetch += share * run.nbytes * p.load.links["memory"].seconds
+        by_layer = [1] * p.layers if run.layer_bytes is None else run.layer_bytes.tolist()
+        for layer, nbytes in enumerate(by_layer):
+            carried = share * run.nbytes * nbytes / sum(by_layer)
+            fetch[layer] += carried * p.load.links["memory"].seconds
         decode += share * run.tokens * p.load.codecs["c"].seconds
         begin += run.tokens
     work = decode
@@ -45,8 +56,9 @@ def simulated(p: Planner, one: Turn, choice: int) -> float:
     arrived = ready = ended = 0.0
     mine = compute(first, choice) + slower
     outside = min(p.compute.outside or 0.0, mine)
-    for _ in range(p.layers):
-        arrived += (fetch + p.ahead.fetch) / p.layers
+    ahead = np.broadcast_to(p.ahead.fetch, p.layers)
+    for layer in range(p.layers):
+        arrived += fetch[layer] + ahead[layer]
         ready = max(ready, arrived) + (decode + p.ahead.decode) / p.layers
         ended = max(ended, ready) + (mine - outside + p.ahead.compute) / p.layers
     ended += outside
@@ -69,16 +81,20 @@ def simulated(p: Planner, one: Turn, choice: int) -> float:
     new=st.integers(1, 900),
     cores=st.sampled_from([None, 1, 2]),
     ahead=st.floats(0, 1),
+    layer_bytes=st.one_of(
+        st.none(), st.lists(st.integers(0, 100), min_size=LAYERS, max_size=LAYERS).filter(any)
+    ),
     beside=st.floats(0, 1),
     outside=st.floats(0, 1),
 )
 def test_the_choice_is_the_best_there_is(
-    link, decode, token, runs, new, cores, ahead, beside, outside
+    link, decode, token, runs, new, cores, ahead, layer_bytes, beside, outside
 ) -> None:
     own = planner(link, decode, token, cores=cores)
     own.compute.beside, own.compute.outside = beside, outside
-    own.ahead = Ahead(fetch=ahead, compute=ahead / 2, cores=2 * ahead)
-    one = turn(runs=runs, new=new)
+    fetch = ahead * np.arange(LAYERS) / 15  # unlike the turn's own
+    own.ahead = Ahead(fetch=fetch, compute=ahead / 2, cores=2 * ahead)
+    one = turn(runs=runs, new=new, layer_bytes=layer_bytes)
     plan = own.plan(one)
     ends = {int(p): simulated(own, one, int(p)) for p in own.choices(one)}
     assert plan.seconds == pytest.approx(ends[plan.load], rel=1e-9)
@@ -99,6 +115,22 @@ def test_a_slowdown_by_decoders_is_no_work_of_its_own() -> None:
     own.take(one, 0)
     assert own.ahead.cores == one.cores
     assert own.plan(turn()).cores == one.cores
+
+
+def test_bytes_that_lower_layers_need_are_waited_for_first() -> None:
+    """Of as many bytes, less is loaded the further down they lie."""
+    own = planner(link=3e-7, decode=1e-7)
+    lower, even, upper = (
+        own.plan(turn(layer_bytes=by_layer)).load
+        for by_layer in ([6, 5, 4, 3, 2, 1], [7] * 6, [1, 2, 3, 4, 5, 6])
+    )
+    assert even == own.plan(turn()).load
+    assert lower < even < upper
+    own.take(own.plan(turn(layer_bytes=[1, 0, 0, 0, 0, 0])), 0)
+    after_a_low_one = own.plan(turn()).seconds
+    own.next_batch()
+    own.take(own.plan(turn(layer_bytes=[0, 0, 0, 0, 0, 1])), 0)
+    assert own.plan(turn()).seconds < after_a_low_one, "what is ahead lies by layers as well"
 
 
 def test_chunks_after_the_first_overlap_with_nothing() -> None:
@@ -123,7 +155,7 @@ def test_whole_pages() -> None:
 def test_what_the_batch_has_already_been_given_pushes_work_to_the_other_stream() -> None:
     own = planner(link=3e-7, decode=1e-7)
     alone = own.plan(turn()).load
-    own.ahead = Ahead(fetch=2.0)
+    own.ahead = Ahead(fetch=np.full(LAYERS, 2.0 / LAYERS))
     busy_link = own.plan(turn()).load
     own.ahead = Ahead(compute=2.0)
     busy_pass = own.plan(turn()).load

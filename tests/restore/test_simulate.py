@@ -46,7 +46,7 @@ def test_ranks_share_the_work_and_may_share_the_link() -> None:
 
     def link_seconds(regime: Regime, form: Form) -> float:
         _, (fetch, *_) = regime.planner(form).ends(turn, everything)
-        return float(fetch[0])
+        return float(fetch.sum())
 
     assert link_seconds(one, Form("raw")) == pytest.approx(100 * 32 / 1000)
     assert link_seconds(two, Form("raw")) == pytest.approx(100 * 32 / 2000)
@@ -57,7 +57,7 @@ def test_a_form_is_smaller_and_takes_its_time_to_decode() -> None:
     regime, form = Regime(TINY, CHIP, LINK), Form("small", ratio=8.0, decode=6400.0)
     turn = regime.turn(form, 100, 10)
     _, (fetch, decode, *_) = regime.planner(form).ends(turn, np.array([50, 100]))
-    assert fetch.tolist() == pytest.approx([0.2, 0.4])
+    assert fetch.sum(axis=0).tolist() == pytest.approx([0.2, 0.4])
     assert decode.tolist() == pytest.approx([0.25, 0.5])
 
 
@@ -69,8 +69,8 @@ def costs(link: float, pair: float, decode: float = 0.0, layers: int = 4) -> Pla
 def all_splits(own: Planner, turn: Turn, steps: int) -> float:
     """The earliest end of every split that never shrinks with depth, event by event."""
     choices = np.linspace(turn.device, turn.end, steps + 1)
-    _, parts = own.ends(turn, choices)
-    fetch, decode, compute = (part / own.layers for part in parts[:3])
+    _, (by_layer, *rest) = own.ends(turn, choices)
+    fetch, (decode, compute) = by_layer[0], (part / own.layers for part in rest[:2])
     best = float("inf")
     for split in combinations_with_replacement(range(steps + 1), own.layers):
         arrived = ready = ended = 0.0
@@ -110,7 +110,7 @@ def test_the_loads_of_a_pyramid_take_what_it_says(link, pair) -> None:
     _, (fetch, _, compute, _) = own.ends(turn, np.array(found.loads, float))
     arrived = ended = 0.0
     for layer in range(own.layers):
-        arrived += fetch[layer] / own.layers
+        arrived += fetch[layer, layer]
         ended = max(ended, arrived) + compute[layer] / own.layers
     assert ended == pytest.approx(found.seconds, rel=1e-9)
 
@@ -138,4 +138,11 @@ def test_where_attention_is_all_a_split_by_layer_gains_a_fifth() -> None:
 def test_several_runs_are_refused() -> None:
     turn = Turn(0, [StoredRun(64, 10, "c"), StoredRun(64, 90, "c")], 1)
     with pytest.raises(ValueError, match="one run is expected, not of 2"):
+        pyramid(costs(1e-7, 0.0), turn)
+
+
+def test_uneven_layers_are_refused() -> None:
+    by_layer = np.array([1, 2, 3, 4])
+    turn = Turn(0, [StoredRun(64, 10, "c", layer_bytes=by_layer)], 1)
+    with pytest.raises(ValueError, match="layers need as many bytes each"):
         pyramid(costs(1e-7, 0.0), turn)

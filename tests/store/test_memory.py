@@ -52,6 +52,21 @@ def test_staged_and_sealed_rows_read_the_same(make_store, make_run, gate) -> Non
     assert store.stats.encoded_bytes == segment.stored_bytes < store.stats.encoded_raw_bytes
 
 
+def test_what_each_layer_needs_is_known_once_sealed(make_store, make_run, gate) -> None:
+    store = make_store(lossless=gate)
+    segment, ids = store.stage(make_run(40), EXACT, exact=True)
+    store.open(segment)
+    assert segment.layer_bytes is None, "of raw rows there is nothing to know"
+    gate.open_gate()
+    assert store.wait_sealed(20)
+    assert segment.layer_bytes.tolist() == store.open(segment).layer_bytes()
+    assert segment.layer_bytes.sum() == segment.stored_bytes
+    assert segment.index_bytes == RECORD_BYTES + 40 * SLOT_BYTES + segment.layer_bytes.nbytes
+    assert_adds_up(store)
+    store.release(ids)
+    assert store.ledger.used == 0
+
+
 def test_measured_attention_is_counted_and_sealed_into_a_few_numbers(
     make_store, make_run, gate
 ) -> None:
@@ -65,7 +80,8 @@ def test_measured_attention_is_counted_and_sealed_into_a_few_numbers(
     assert store.wait_sealed(20)
     assert segment.strategy is None
     assert segment.attention.tokens == 40
-    assert segment.index_bytes == RECORD_BYTES + 40 * SLOT_BYTES + 4 * (2 + 3)
+    named = RECORD_BYTES + 40 * SLOT_BYTES + segment.layer_bytes.nbytes
+    assert segment.index_bytes == named + 4 * (2 + 3)
     assert_adds_up(store)
     store.release(ids)
     assert store.ledger.used == 0

@@ -177,16 +177,14 @@ class Planner:
 
     def _loading(self, turn: Turn, choices: np.ndarray) -> tuple[Floats, Floats]:
         """Seconds of the link for each layer and p, and of one decoder for each p."""
-        fetch = np.zeros((self.layers, len(choices)))
-        decode = np.zeros(len(choices))
-        begin = turn.device
-        for run in turn.stored:
-            loaded = np.clip((choices - begin) / run.tokens, 0.0, 1.0)
-            seconds = self.load.fetch_seconds(run.tier, run.nbytes)
-            fetch += np.outer(seconds * run.shares(self.layers), loaded)
-            decode += loaded * self.load.decode_seconds(run.codec, run.tokens)
-            begin += run.tokens
-        return fetch, decode
+        load, runs = self.load, turn.stored
+        tokens = np.array([[run.tokens] for run in runs])
+        begins = turn.device + np.cumsum(tokens, axis=0) - tokens
+        loaded = np.clip((choices - begins) / tokens, 0.0, 1.0)  # [runs, choices]
+        seconds = [load.fetch_seconds(run.tier, run.nbytes) for run in runs]
+        link = np.stack([run.shares(self.layers) for run in runs], axis=1) * seconds
+        decode = np.array([load.decode_seconds(run.codec, run.tokens) for run in runs])
+        return link @ loaded, decode @ loaded
 
     def _computing(self, turn: Turn, choices: np.ndarray) -> tuple[Floats, Floats]:
         """Seconds of the pass that overlaps with loading, and of the chunks after it."""

@@ -4,8 +4,8 @@ A plugin that the server under measurement loads (:mod:`server_plugin` brings it
 processes); it is no part of the package. The file named by ``RESTORE_LINK_FILE`` holds a JSON
 object; the next /server_info obeys it and removes it. ``rate``: bytes a second, or null for memory
 itself; the planner then begins with that rate, as in a server that was started with it
-(``--krul-link-bandwidth``). ``evict``: that many tokens leave the device, the least recently used
-first, as when another request needs their room.
+(``--krul-link-bandwidth``). ``keep``: no more than that many tokens stay on the device; the least
+recently used leave it, as when another request needs their room.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def obey(controller: Any, recv_req: Any) -> None:
     order = json.loads(path.read_text())
     if "rate" in order:
         hold(cache.krul, order["rate"])
-    if "evict" in order:
-        cache.evict(EvictParams(num_tokens=order["evict"]))
+    if "keep" in order and (more := cache.evictable_size() - order["keep"]) > 0:
+        cache.evict(EvictParams(num_tokens=more))
     path.unlink()
 
 

@@ -77,11 +77,6 @@ class Shape:
         return -(-(self.history + self.turn + self.answer + SLACK) // PAGE) * PAGE
 
     @property
-    def spare(self) -> int:
-        """Tokens that the pool has room for beside a history and an answer, without a turn."""
-        return self.pool - self.history - self.answer
-
-    @property
     def kept(self) -> int:
         """Tokens of two conversations and all their turns, in whole pages."""
         turn = -(-(self.turn + self.answer) // PAGE) * PAGE
@@ -120,12 +115,13 @@ class Answer:
 class Peer:
     """A live server of one policy.
 
-    asked: the number of its last request, see Prompts.of. loaded: tokens that each conversation's
-    last answer had loaded. kept: the krul block when both conversations had been stored. failure:
+    asked: the number of its last request, see Prompts.of. cached: whole pages' tokens that it left
+    on the device. kept: the krul block when both conversations had been stored. failure:
     why it can't be measured.
     """
 
     asked: int | None = None
+    cached: int = 0
     kept: dict[str, Any] | None = None
     failure: str | None = None
 
@@ -147,7 +143,6 @@ class Peer:
         self.shape = shape
         self._files = TemporaryDirectory(prefix="kept-kv-")
         self._orders = TemporaryDirectory(prefix="restore-link-")
-        self.loaded: dict[int, int] = {}
         self._link = Path(self._orders.name, "link.json")
         self._put_rate(None)
         env = dict(plugin)
@@ -209,9 +204,9 @@ class Peer:
         if self.krul() and self._link.exists():
             raise OSError("the server's link can't be throttled")
 
-    def leave_device(self, tokens: int) -> None:
-        """Evict what was least recently used. Raises OSError."""
-        self._put({"evict": tokens})
+    def leave_device(self) -> None:
+        """Evict all but what its last request left. Raises OSError."""
+        self._put({"keep": self.cached})
         if self.krul() and self._link.exists():
             raise OSError("the server does not evict")
         self.settle()

@@ -221,10 +221,8 @@ class Benchmark:
         turns = len(self.prompts.conversations)
         if peer.asked is not None and peer.asked % turns == number % turns:
             self._pass_by(peer, number + 1)
-        # A head of few tokens finds room beside the other conversation.
-        left = peer.loaded.get(number % turns, 0) if may_recompute(peer.policy) else 0
-        if 0 < left <= peer.shape.spare:
-            peer.leave_device(left)
+        if may_recompute(peer.policy):  # a head of few tokens finds room beside the other one
+            peer.leave_device()
 
     def _pass_by(self, peer: Peer, number: int) -> None:
         """Ask the conversation of a round without a turn."""
@@ -233,7 +231,8 @@ class Benchmark:
     def _send(self, peer: Peer, number: int, ids: Sequence[int]) -> Answer:
         peer.asked = number
         given = peer.ask(ids, self.plan.answer)
-        peer.loaded[number % len(self.prompts.conversations)] = given.host
+        # The answer's last token is sampled, its KV never computed.
+        peer.cached = (len(ids) + self.plan.answer - 1) // PAGE * PAGE
         self._bar.advance(self._task, peer.shape.history)
         return given
 

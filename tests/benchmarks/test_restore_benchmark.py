@@ -195,17 +195,23 @@ def test_a_rate_holds_every_link_and_memory_has_none_without():
 def test_orders_are_obeyed_once(tmp_path, monkeypatch):
     """And a cache that is not Krul's leaves them, which the client finds."""
     evicted = []
-    cache = SimpleNamespace(evict=lambda params: evicted.append(params.num_tokens))
+    cache = SimpleNamespace(
+        evict=lambda params: evicted.append(params.num_tokens), evictable_size=lambda: 116
+    )
     controller = SimpleNamespace(scheduler=SimpleNamespace(tree_cache=cache))
     order = tmp_path / "link.json"
     monkeypatch.setenv(krul_link.LINK_FILE, str(order))
-    order.write_text('{"evict": 16}')
+    order.write_text('{"keep": 100}')
     krul_link.obey(controller, None)
     assert order.exists()
     cache.krul = SimpleNamespace()
     for _ in range(2):
         krul_link.obey(controller, None)
     assert evicted == [16]
+    assert not order.exists()
+    order.write_text('{"keep": 120}')
+    krul_link.obey(controller, None)
+    assert evicted == [16], "there is room"
     assert not order.exists()
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from krul_sglang.codec.base import Codec, CodecError, KVRun, KVSpec, Payload, SegmentReader
 from krul_sglang.similarity.record import record_of
 from krul_sglang.store.encoder import Encoder
@@ -136,13 +138,12 @@ class MemoryStore:
                 return
             self._held.count(segment, -1)
             self.ledger.move("staging", "tier", segment.staged_bytes, len(payload))
-            before = segment.index_bytes
+            self.ledger.add("index", attention.nbytes if attention is not None else 0)
             segment.payload = payload
             segment.sealed_bytes = len(payload)
             segment.codec = encoded.codec
             segment.attention = attention
-            segment.learn_layers(reader)
-            self.ledger.add("index", segment.index_bytes - before)
+            self._learn_layers(segment, reader)
             segment.run = segment.strategy = None
             segment.state = SegmentState.SEALED
             self._held.count(segment, 1)
@@ -315,10 +316,14 @@ class MemoryStore:
         with self._lock:
             # The file may hold another codec's payload than what was sealed here.
             if segment.id in self._segments and (payload is None or segment.layer_bytes is None):
-                before = segment.index_bytes
-                segment.learn_layers(reader)
-                self.ledger.add("index", segment.index_bytes - before)
+                self._learn_layers(segment, reader)
         return reader
+
+    def _learn_layers(self, segment: Segment, reader: SegmentReader) -> None:
+        """Under the lock: its payload was opened."""
+        before = segment.index_bytes
+        segment.layer_bytes = np.array(reader.layer_bytes(), np.int64)
+        self.ledger.add("index", segment.index_bytes - before)
 
     # ---- letting go ------------------------------------------------------------
 

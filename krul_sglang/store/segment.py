@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from krul_sglang.codec.base import KVRun, Payload, SegmentReader
+from krul_sglang.codec.base import KVRun, Payload
 from krul_sglang.similarity.record import AttentionRecord
 from krul_sglang.strategy.base import Strategy
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from krul_sglang.store.disk.entry import EntryName, Namespace
 
 
@@ -78,10 +78,6 @@ class Segment:
     attention: AttentionRecord | None = None
     layer_bytes: np.ndarray | None = None
     waiting: bool = True
-
-    def learn_layers(self, reader: SegmentReader) -> None:
-        """Its payload was opened: set :attr:`layer_bytes`."""
-        self.layer_bytes = np.array(reader.layer_bytes(), np.int64)
 
     @property
     def staged_bytes(self) -> int:

@@ -67,6 +67,20 @@ def test_what_each_layer_needs_is_known_once_sealed(make_store, make_run, gate) 
     assert store.ledger.used == 0
 
 
+def test_a_payload_that_cannot_be_opened_leaves_its_rows_readable(make_store, make_run) -> None:
+    class Spoiling(LosslessCodec):
+        def encode(self, run, strategy) -> bytes:
+            return super().encode(run, strategy)[:-1]
+
+    run = make_run(40)
+    store = make_store(lossless=Spoiling(make_store().spec))
+    segment, _ = store.stage(run, EXACT, exact=True)
+    assert store.wait_sealed(20)
+    assert segment.state is SegmentState.STAGED
+    assert torch.equal(read(store, segment), rows(run))
+    assert_adds_up(store)
+
+
 def test_measured_attention_is_counted_and_sealed_into_a_few_numbers(
     make_store, make_run, gate
 ) -> None:

@@ -10,8 +10,8 @@ new turn. Layer by layer, with ``f`` the link, ``d`` the decoders and ``c`` the 
 and the pass ends at ``c_{L-1}``, plus the time in which it is at no layer and what chunks after
 the first take: those find every layer loaded. The planner tries up to :data:`CHOICES` values of
 ``p`` and takes the earliest end, but loads everything where that ends no later to speak of, which
-leaves the most compute to others. Between the two it takes no such liberty: a little more to load
-is a little for the pass to wait for at every layer.
+leaves the most compute to others. Between the two the liberty is smaller: a little more to load is
+a little for the pass to wait for at every layer.
 Where decoders and the pass share cores, decoding slows the pass down, as much as it was seen to,
 and no plan ends before their work divided by the cores.
 """
@@ -32,14 +32,17 @@ TRIAL = 16
 """Tokens that are loaded to see whether a link has become better."""
 INDIFFERENT = 0.01
 """Loading everything is as good as the best choice if it takes no more than this share longer."""
+NEARLY = 0.003
+"""So is loading more than the best choice does, short of everything, where that loads at all."""
 
 
 def _best(ends: Floats) -> int:
-    """Which choice ends first: the last one where that is no later to speak of."""
-    least = float(ends.min())
+    """Which choice ends first, or loads more and ends no later to speak of."""
+    best = int(ends.argmin())
+    least = ends[best]
     if ends[-1] <= least * (1 + INDIFFERENT):
         return len(ends) - 1
-    return int(np.flatnonzero(ends <= least * (1 + 1e-9))[-1])
+    return int(np.flatnonzero(ends <= least * (1 + NEARLY))[-1]) if best else 0
 
 
 def _plan(choices: np.ndarray, ends: Floats, parts: Sequence[Floats], at: int) -> Plan:

@@ -102,7 +102,11 @@ def test_the_choice_is_the_best_there_is(
     if ends[one.end] <= least * 1.0099:
         assert plan.load == one.end, "as good as any, and computes least"
     elif ends[one.end] > least * 1.0101:
-        assert ends[plan.load] == pytest.approx(least, rel=1e-6)
+        good = [p for p, end in ends.items() if end <= least * 1.0029]
+        assert plan.load >= max(good) or plan.load == one.device, "computes no more than it has to"
+        assert ends[plan.load] <= least * 1.0031
+        if ends[one.device] <= least:
+            assert plan.load == one.device, "does not load for nothing"
 
 
 def test_a_slowdown_by_decoders_is_no_work_of_its_own() -> None:

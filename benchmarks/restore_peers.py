@@ -204,9 +204,9 @@ class Peer:
         if self.krul() and self._link.exists():
             raise OSError("the server's link can't be throttled")
 
-    def leave_device(self) -> None:
-        """Evict all but what its last request left. Raises OSError."""
-        self._put({"keep": self.cached})
+    def leave_device(self, keep: int | None = None) -> None:
+        """Evict all but ``keep`` tokens, or what its last request left. Raises OSError."""
+        self._put({"keep": self.cached if keep is None else keep})
         if self.krul() and self._link.exists():
             raise OSError("the server does not evict")
         self.settle()
@@ -221,8 +221,9 @@ class Peer:
         draft.replace(self._link)
 
     def leave_memory(self) -> None:
-        """What is stored lies in files only, where the policy is about those. Raises OSError."""
+        """Everything lies in files only, where the policy is about those. Raises OSError."""
         if self.policy in DISK:
+            self.leave_device(0)  # what a flush finds on the device is stored nowhere
             self.server.flush()
 
     def ask(self, ids: Sequence[int], answer: int) -> Answer:

@@ -23,8 +23,8 @@ from restore_peers import MEMORY, Peer, Shape
 from restore_plan import Prompts
 from server_plugin import as_plugin
 
-ANSWER = 1
-"""Tokens generated: only the first is timed."""
+ANSWER = 2
+"""Tokens generated. Only the first is timed; what a finish costs comes after the last."""
 REFERENCES = 3
 """Returns that load nothing, from which a history's balanced rate follows."""
 PAGE = 1

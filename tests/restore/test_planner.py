@@ -276,6 +276,21 @@ def test_a_link_that_stays_slow_is_tried_less_and_less() -> None:
     assert own.plan(one).load == one.end
 
 
+def test_a_trial_that_costs_much_is_seldom() -> None:
+    """A pass that continues anything takes 60 % longer: a dozen restores, of which it may cost
+    a twentieth, go before a trial of a link that is nearly worth it."""
+    own = planner(link=1.1e-6, decode=1e-7)
+    one, rate = turn(device=0), own.load.links["memory"]
+    for before, factor in ((0, 1.0), (16, 1.6)):
+        shape = Prefill.of(float(one.end + one.new - before), float(before))
+        own.compute.observe(shape, factor * float(own.compute.seconds(shape)))
+    rate.observe(10**6, rate.seconds * 10**6)
+    while own.plan(one).load == one.device:
+        rate.hope()
+    assert own.plan(one).load == 16
+    assert rate.avoided == 12
+
+
 def test_nothing_is_learnt_from_nothing() -> None:
     rate, compute = Rate(2.0), ComputeCost(1.0, 1.0, 1.0)
     rate.observe(0, 1.0)

@@ -103,9 +103,11 @@ def test_the_choice_is_the_best_there_is(
         assert plan.load == one.end, "as good as any, and computes least"
     elif ends[one.end] > least * 1.0101:
         good = [p for p, end in ends.items() if end <= least * 1.0029]
-        assert plan.load >= max(good) or plan.load == one.device, "computes no more than it has to"
         assert ends[plan.load] <= least * 1.0031
-        if ends[one.device] <= least:
+        nothing = ends.pop(one.device)
+        if nothing > least * (1 + 1e-9):
+            assert plan.load >= max(good), "computes no more than it has to"
+        elif min(ends.values()) > least * (1 + 1e-9):
             assert plan.load == one.device, "does not load for nothing"
 
 

@@ -148,7 +148,8 @@ class Planner:
         ends, parts = self.ends(turn, choices)
         best = _best(ends)
         trial = int(np.searchsorted(choices, turn.device + TRIAL))
-        hoped = [rate.avoided for rate in self.load.links.values() if rate.hoped_for]
+        tiers, links = {run.tier for run in turn.stored}, self.load.links.items()
+        hoped = [own.avoided for tier, own in links if tier in tiers and own.hoped_for]
         if best > trial and hoped:
             # Of what hope alone would load, a little, and seldom where that costs much: all of it
             # is lost if the hope is in vain.

@@ -283,6 +283,9 @@ def test_a_trial_that_costs_much_is_seldom() -> None:
     a twentieth, go before a trial of a link that is nearly worth it."""
     own = planner(link=1.1e-6, decode=1e-7)
     one, rate = turn(device=0), own.load.links["memory"]
+    own.load.links["remote"] = elsewhere = Rate(1e-3)
+    for _ in range(200):
+        elsewhere.hope()  # its restores are not the ones that this trial may cost
     for before, factor in ((0, 1.0), (16, 1.6)):
         shape = Prefill.of(float(one.end + one.new - before), float(before))
         own.compute.observe(shape, factor * float(own.compute.seconds(shape)))

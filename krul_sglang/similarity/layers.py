@@ -68,7 +68,7 @@ def similarity_of_window(
     q = window.q.float().unflatten(2, (groups, -1)).transpose(1, 2).flatten(2, 3)
     total = lse.unflatten(2, (groups, -1)).transpose(1, 2).flatten(2)
     last = window.positions.repeat_interleave(heads // groups)
-    square = torch.zeros(layers, layers, heads, dtype=torch.float64, device=rows.device)
+    gram = torch.zeros(heads, layers, layers, dtype=torch.float64, device=rows.device)
     for begin in range(0, len(rows), CHUNK):
         chunk = rows[begin : begin + CHUNK]
         k = torch.stack([keys[layer][chunk] for layer in window.layers]).float()
@@ -76,13 +76,16 @@ def similarity_of_window(
         token = torch.arange(begin, begin + len(chunk), device=rows.device)
         seen = token <= last[:, None]
         p = torch.where(seen, torch.exp2(logits - total.nan_to_num(neginf=0)[..., None]), 0)
-        # Heads apart again: [layers, heads, rows x keys of the chunk].
-        p = p.unflatten(2, (count, -1)).transpose(2, 3).flatten(1, 2).flatten(2)
-        for layer in range(layers):
-            # Differences, not products: close layers differ in digits that products lose.
-            square[layer] += (p - p[layer]).double().square().sum(2)
+        # Heads apart again: [heads, layers, rows x keys of the chunk].
+        p = p.unflatten(2, (count, -1)).transpose(2, 3).flatten(1, 2).flatten(2).transpose(0, 1)
+        # Close layers differ in digits that products of floats lose; those of doubles keep
+        # all that the probabilities, floats themselves, have.
+        p = p.double()
+        gram += p @ p.mT
+    own = gram.diagonal(dim1=1, dim2=2)
+    square = (own[:, :, None] + own[:, None] - 2 * gram).clamp_min(0)
     shown = (window.positions >= 0).sum().clamp_min(1)
-    return LayerSimilarity(_edges(mass.double() / shown, edge), square.sqrt().mean(2))
+    return LayerSimilarity(_edges(mass.double() / shown, edge), square.sqrt().mean(0))
 
 
 def _edges(mass: torch.Tensor, edge: float) -> torch.Tensor:
